@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing but Python 3.11+, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+# The versions the suite last passed with. `make CONSTRAINTS=` takes the newest allowed instead.
+CONSTRAINTS ?= -c constraints.txt
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+# One stamp for the environment: made again only when what it is made from changes.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/dfq demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

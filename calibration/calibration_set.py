@@ -1,0 +1,257 @@
+"""CalibrationSet: the images a quantizer is calibrated on, and how they are kept on disk.
+
+A set is a folder: `manifest.json` (what it is and everything needed to make it again), one `shard-NNNNN.safetensors`
+per batch, and `preview.png`. Pixels are 8-bit, as they would be in a picture file, and that is what is calibrated on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from calibration.errors import DfqError
+from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.tokens import PatchGrid, keep_of_mask
+
+FORMAT = "dfq.calibration_set"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+# No generated equality: of tensors it would be an error, not an answer.
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Images to calibrate on.
+
+    images: uint8 [M, 3, H, W]; mask: bool [M, rows, columns], True where a patch is part of the image (a sparse
+    image has only some); labels: int64 [M], or None where none are known; confidence: [M] in [0, 1], the model's
+    probability of the label, or None; mean, std: per channel, of the model's normalisation; run: how it was made.
+    """
+
+    images: Tensor
+    mask: Tensor
+    labels: Tensor | None
+    confidence: Tensor | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images, mask, count = self.images, self.mask, self.images.shape[:1]
+        well_formed = (
+            (images.dim(), images.dtype) == (4, torch.uint8)
+            and (mask.dim(), mask.dtype) == (3, torch.bool)
+            and images.numel() > 0
+            and mask.numel() > 0
+            and images.shape[1] == len(self.mean) == len(self.std)
+            and mask.shape[:1] == count
+            and images.shape[2] % mask.shape[1] == 0
+            and images.shape[3] % mask.shape[2] == 0
+            and (self.labels is None or (self.labels.shape, self.labels.dtype) == (count, torch.int64))
+            and (self.confidence is None or self.confidence.shape == count)
+        )
+        if not well_formed:
+            tensors = {"images": images, "mask": mask, "labels": self.labels, "confidence": self.confidence}
+            found = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None]
+            raise DfqError(
+                f"not a calibration set: {', '.join(found)}, {len(self.mean)} means, {len(self.std)} deviations"
+            )
+        if not bool(self.mask.flatten(1).any(1).all()):
+            raise DfqError("not a calibration set: an image keeps no patch at all")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def grid(self) -> PatchGrid:
+        rows, columns = self.mask.shape[1:]
+        return PatchGrid(rows, columns, self.images.shape[2] // rows, self.images.shape[3] // columns)
+
+    @property
+    def is_sparse(self) -> bool:
+        return not bool(self.mask.all())
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(images [B, 3, H, W] normalised, keep [B, K] or None where every patch counts), at most `batch_size` each.
+
+        Patches outside the mask are 0, the mean colour. Images that keep different numbers of patches come in
+        different batches, so that any mixture of them can be run.
+        """
+        counts = self.mask.flatten(1).sum(1)
+        for count in sorted(set(counts.tolist())):
+            members = (counts == count).nonzero()[:, 0]
+            for chunk in members.split(batch_size):
+                images = normalise(self.images[chunk].to(device), self.mean, self.std)
+                mask = self.mask[chunk].to(device)
+                if count == self.grid.num_patches:
+                    yield images, None
+                else:
+                    yield images * self.grid.to_pixels(mask), keep_of_mask(mask)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [M, 3, H, W] -> float32, normalised."""
+    mean_, std_ = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    return (images.float() / 255.0 - mean_) / std_
+
+
+def to_pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """float32 [M, 3, H, W], normalised -> the nearest uint8 picture."""
+    mean_, std_ = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    return ((images * std_ + mean_) * 255.0).round().clamp(0, 255).to(torch.uint8)
+
+
+def concatenate(parts: list[CalibrationSet]) -> CalibrationSet:
+    """Batches of one run, in order, as one set."""
+
+    def joined(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
+
+    first = parts[0]
+    return CalibrationSet(
+        images=torch.cat([part.images for part in parts]),
+        mask=torch.cat([part.mask for part in parts]),
+        labels=joined("labels"),
+        confidence=joined("confidence"),
+        mean=first.mean,
+        std=first.std,
+        run=first.run,
+    )
+
+
+class SetFolder:
+    """A calibration set on disk while it is being made: which batches are there, and which are missing.
+
+    A folder that holds the same run is continued; one that holds anything else is refused, unless `overwrite`, which
+    removes the files of a calibration set there and nothing else.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], versions: dict[str, str], *, overwrite: bool = False) -> None:
+        self.path = path
+        # As it will be read back: JSON knows lists, not tuples.
+        self._run = json.loads(json.dumps(run))
+        self._versions = versions
+        self._checksums: dict[str, str] = {}
+        make_directory(path)
+        self._claim(overwrite)
+
+    def _claim(self, overwrite: bool) -> None:
+        path = self.path / MANIFEST
+        if path.exists():
+            manifest = read_json(path)
+            if manifest.get("format") != FORMAT:
+                raise DfqError(f"{path} does not describe a calibration set; choose another --out")
+            if (manifest.get("version"), manifest.get("run")) == (VERSION, self._run):
+                self._checksums = _checksums(manifest, path)
+                return
+            if not overwrite:
+                raise DfqError(
+                    f"{self.path} holds a calibration set of another run; choose another --out or give --overwrite"
+                )
+            for shard in self.path.glob("shard-[0-9]*.safetensors"):
+                shard.unlink()
+            (self.path / "preview.png").unlink(missing_ok=True)
+        elif any(self.path.iterdir()):
+            raise DfqError(f"{self.path} is not empty and holds no calibration set; choose another --out")
+        self._write_manifest([])
+
+    def _write_manifest(self, shards: list[dict[str, Any]]) -> None:
+        write_json(
+            self.path / MANIFEST,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "complete": bool(shards),
+                "run": self._run,
+                "shards": shards,
+                "versions": self._versions,
+            },
+        )
+
+    def _shard(self, index: int) -> Path:
+        return self.path / f"shard-{index:05d}.safetensors"
+
+    def read(self, index: int) -> CalibrationSet | None:
+        """Batch `index` where it has been made, else None. Raises DfqError where it is damaged."""
+        path = self._shard(index)
+        return _read_shard(path, self._run, self._checksums.get(path.name)) if path.exists() else None
+
+    def write(self, index: int, part: CalibrationSet) -> None:
+        """Keep batch `index`."""
+        tensors = {"images": part.images, "mask": part.mask, "labels": part.labels, "confidence": part.confidence}
+        present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        # One entry: safetensors writes several in an order that changes from run to run, and checksums with it.
+        content = save(present, {"dfq": f"{FORMAT} {VERSION}, batch {index}"})
+        path = self._shard(index)
+        replace_file(path, lambda partial: partial.write_bytes(content))
+        self._checksums.pop(path.name, None)
+
+    def finish(self, parts: list[CalibrationSet]) -> None:
+        """Declare the set complete, with a checksum for each batch."""
+        paths = [self._shard(index) for index in range(len(parts))]
+        self._write_manifest(
+            [
+                {"file": path.name, "images": len(part), "sha256": sha256_of(path)}
+                for path, part in zip(paths, parts, strict=True)
+            ]
+        )
+
+
+def load_calibration_set(path: Path | str) -> CalibrationSet:
+    """Read a finished set. Raises DfqError where it is missing, unfinished, damaged or not a calibration set."""
+    folder = Path(path)
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        raise DfqError(f"{folder} is not a calibration set: it has no {MANIFEST}")
+    manifest = read_json(manifest_path)
+    if manifest.get("format") != FORMAT:
+        raise DfqError(f"{manifest_path} does not describe a calibration set (format {manifest.get('format')!r})")
+    if manifest.get("version") != VERSION:
+        raise DfqError(f"{manifest_path} has version {manifest.get('version')!r}; this dfq reads version {VERSION}")
+    if not manifest.get("complete"):
+        raise DfqError(f"{folder} is unfinished: run the command that made it again, and it goes on where it stopped")
+    checksums, run = _checksums(manifest, manifest_path), manifest.get("run")
+    if not checksums or not isinstance(run, dict):
+        raise DfqError(f"{manifest_path} is damaged: it has no shards, or tells of no run")
+    parts = []
+    for name, checksum in checksums.items():
+        shard = folder / name
+        if Path(name).name != name or not shard.is_file():
+            raise DfqError(f"{manifest_path} names {name!r}, which is not a file in {folder}")
+        parts.append(_read_shard(shard, run, checksum))
+    return concatenate(parts)
+
+
+def _checksums(manifest: dict[str, Any], path: Path) -> dict[str, str]:
+    """The SHA-256 of each shard by its name, in order; none while the set is unfinished."""
+    try:
+        return {str(entry["file"]): str(entry["sha256"]) for entry in manifest["shards"]}
+    except (KeyError, TypeError) as error:
+        raise DfqError(f"{path} is damaged: its list of shards cannot be read ({error!r})") from error
+
+
+def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> CalibrationSet:
+    if checksum is not None and sha256_of(path) != checksum:
+        raise DfqError(f"{path} is damaged: its checksum is not that in {MANIFEST}; delete it and generate again")
+    try:
+        tensors = load_file(path)
+        return CalibrationSet(
+            images=tensors["images"],
+            mask=tensors["mask"],
+            labels=tensors.get("labels"),
+            confidence=tensors.get("confidence"),
+            mean=tuple(float(value) for value in run["mean"]),
+            std=tuple(float(value) for value in run["std"]),
+            run=run,
+        )
+    except (DfqError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DfqError(f"{path} is damaged ({error}); delete it and generate again") from error

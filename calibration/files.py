@@ -1,0 +1,63 @@
+"""Files that are whole or absent: written beside their name, then renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from calibration.errors import DfqError
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents, and see that it can be written to. Raises DfqError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DfqError(f"cannot create the folder {path}: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise DfqError(f"cannot write to the folder {path}: permission denied; choose another --out")
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file beside `path`, then rename it there. Raises DfqError, leaving nothing behind."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise DfqError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON. Raises DfqError where it cannot be written."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises DfqError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    # ValueError: not JSON, not UTF-8, or an integer of more digits than Python reads.
+    except (OSError, ValueError, RecursionError) as error:
+        raise DfqError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise DfqError(f"{path} does not hold a JSON object")
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes. Raises DfqError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DfqError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,82 @@
+"""Calibration images without inversion: Gaussian noise, a folder of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from calibration.calibration_set import CalibrationSet, to_pixels
+from calibration.errors import DfqError
+from calibration.tokens import PatchGrid
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def gaussian_noise(count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 3, H, W] from N(0, 1) in the model's normalised space."""
+    return torch.randn(count, 3, *image_size, generator=generator)
+
+
+def real_images(
+    root: Path | str,
+    grid: PatchGrid,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_images: int,
+    seed: int = 0,
+) -> CalibrationSet:
+    """`num_images` images drawn by `seed` from all that lie in or below `root`; their labels are not looked at.
+
+    transform: PIL image -> [3, H, W], normalised: the model's own evaluation preprocessing.
+    Raises DfqError where the folder is missing, holds too few images, or one cannot be read.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DfqError(f"there is no folder {folder} to take calibration images from")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if num_images < 1:
+        raise DfqError(f"num_images must be at least 1, not {num_images}")
+    if len(paths) < num_images:
+        raise DfqError(
+            f"{folder} holds {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}), and {num_images} are wanted: "
+            "lower --num-images or give another folder"
+        )
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [paths[index] for index in sorted(order[:num_images])]
+    images = []
+    for path in chosen:
+        image = _read(path, transform)
+        if image.shape != (3, *grid.image_size):
+            raise DfqError(f"the transform makes {path} {tuple(image.shape)}, the model takes {(3, *grid.image_size)}")
+        images.append(to_pixels(image.unsqueeze(0), mean, std))
+    return CalibrationSet(
+        images=torch.cat(images),
+        mask=torch.ones(num_images, grid.rows, grid.columns, dtype=torch.bool),
+        labels=None,
+        confidence=None,
+        mean=mean,
+        std=std,
+        run={
+            "method": "real",
+            "folder": str(folder),
+            "files": [path.relative_to(folder).as_posix() for path in chosen],
+            "seed": seed,
+            "mean": list(mean),
+            "std": list(std),
+        },
+    )
+
+
+def _read(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+    # Pillow raises SyntaxError for some broken PNG files, and its own class for images too large to be honest.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DfqError(f"cannot read the image {path}: {error}") from error

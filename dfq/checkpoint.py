@@ -1,0 +1,180 @@
+"""A quantized model on disk: `model.safetensors` (packed integers, scales, the rest in float32) and `config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+import quantizers
+from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
+from dfq.errors import CheckpointError, DfqError
+from dfq.models import Origin, Preprocessing, build_architecture, resolve_device
+from dfq.ptq.engine import QuantizedModel, place
+from dfq.ptq.modules import QuantizedLayer, adapt
+from dfq.recipe import parse_bits, recipe_from_dict
+from dfq.versions import versions
+from quantizers import Quantizer
+
+FORMAT = "dfq.quantized_model"
+VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+def is_quantized_model(path: Path | str) -> bool:
+    """Whether `path` is a folder that `save` wrote."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
+
+
+def config_of(qmodel: QuantizedModel) -> dict[str, Any]:
+    """What `config.json` says, apart from the checksum of the weights."""
+    shapes = {
+        f"{path}.weight": list(layer.weight.shape)
+        for path, layer in qmodel.module.named_modules()
+        if isinstance(layer, QuantizedLayer)
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "bits": qmodel.bits,
+        "model": qmodel.origin.to_dict(),
+        "preprocessing": qmodel.preprocessing.to_dict(),
+        "recipe": qmodel.recipe.to_dict(),
+        "sites": {
+            name: quantizer.describe() | ({"shape": shapes[name]} if name in shapes else {})
+            for name, quantizer in qmodel.sites.items()
+        },
+        "calibration": qmodel.calibration,
+        "versions": versions(),
+    }
+
+
+def claim_directory(directory: Path | str, identity: dict[str, Any], *, overwrite: bool) -> bool:
+    """See that a quantized model may be written to `directory`; True where that very model already lies there.
+
+    identity: the entries of `config.json` that tell one run from another. A folder with nothing but a `calibration`
+    set is a run that was stopped, and is continued. Nothing is removed here: what lies there is replaced by `save`.
+    Raises DfqError for a folder that holds anything else, unless `overwrite`; and always where `save` would replace
+    weights that are not its own, such as the original ones.
+    """
+    folder = Path(directory)
+    make_directory(folder)
+    if not _is_ours(folder / WEIGHTS):
+        raise DfqError(f"{folder / WEIGHTS} is not a file that dfq made, and would be replaced; choose another --out")
+    if is_quantized_model(folder):
+        config = read_json(folder / CONFIG)
+        wanted = json.loads(json.dumps(identity))
+        if {key: config.get(key) for key in wanted} == wanted:
+            return True
+        if not overwrite:
+            differing = ", ".join(key for key in wanted if config.get(key) != wanted[key])
+            raise DfqError(
+                f"{folder} holds a quantized model of another run (it differs in {differing}); choose another --out or "
+                "give --overwrite"
+            )
+        return False
+    surplus = {path.name for path in folder.iterdir() if not path.name.endswith(".partial")} - {"calibration", WEIGHTS}
+    if surplus and not overwrite:
+        raise DfqError(f"{folder} is not empty and holds no quantized model ({min(surplus)}); choose another --out")
+    return False
+
+
+def _is_ours(weights: Path) -> bool:
+    """Whether `save` wrote this file; also where there is none."""
+    if not weights.exists():
+        return True
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def save(qmodel: QuantizedModel, directory: Path | str) -> None:
+    """Write the model into `directory`, made if need be; files of an earlier model there are replaced.
+
+    `config.json` comes last: a folder that has it has a whole model. Raises DfqError where it cannot be written.
+    """
+    folder = Path(directory)
+    make_directory(folder)
+    (folder / CONFIG).unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in qmodel.tensors().items()}
+    # One entry only: safetensors writes several in any order, and the same model would not give the same file.
+    content = to_bytes(tensors, {"format": FORMAT})
+    replace_file(folder / WEIGHTS, lambda partial: partial.write_bytes(content))
+    write_json(folder / CONFIG, config_of(qmodel) | {"sha256": sha256_of(folder / WEIGHTS)})
+
+
+def load(directory: Path | str, *, device: str | torch.device | None = None) -> QuantizedModel:
+    """Read a model that `save` wrote; its outputs are bit for bit those of the model that was saved.
+
+    Raises CheckpointError where a file is missing, damaged, or does not fit the other.
+    """
+    folder = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is not a quantized model: it has no {name}")
+    target = resolve_device(device)
+    try:
+        config = read_json(folder / CONFIG)
+    except DfqError as error:
+        raise CheckpointError(str(error)) from error
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / CONFIG} does not describe a quantized model ({config.get('format')!r})")
+    if config.get("version") != VERSION:
+        raise CheckpointError(f"{folder / CONFIG} has version {config.get('version')!r}; this dfq reads {VERSION}")
+    if config.get("sha256") != sha256_of(folder / WEIGHTS):
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged: its checksum is not the one in {CONFIG}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        return _assemble(config, tensors, target)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is not a whole safetensors file ({error})") from error
+    except (DfqError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder / CONFIG} and {WEIGHTS} do not make a model: {reason}") from error
+
+
+def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> QuantizedModel:
+    origin = Origin(**config["model"])
+    module = adapt(build_architecture(origin.architecture, origin.arguments))
+    remaining = dict(tensors)
+
+    sites: dict[str, Quantizer] = {}
+    for name, entry in config["sites"].items():
+        description = {key: value for key, value in entry.items() if key != "shape"}
+        own = [key for key in remaining if key.rpartition(".")[0] == name and not key.endswith(".integers")]
+        sites[name] = quantizers.build(description, {key.rpartition(".")[2]: remaining.pop(key) for key in own})
+
+    layers = {f"{path}.weight": m for path, m in module.named_modules() if isinstance(m, QuantizedLayer)}
+    packed = {name: remaining.pop(f"{name}.integers") for name in layers if name in sites}
+    plain = {name: remaining.pop(name) for name in layers if name not in sites}
+    # Before the quantizers take their places: the state dict knows only of the parameters.
+    module.load_state_dict(remaining)
+    for name, layer in layers.items():
+        if name in packed:
+            integers = quantizers.unpack(packed[name], sites[name].bits, layer.weight.shape, sites[name].signed)
+            layer.set_integers(sites[name], integers)
+        else:
+            layer.weight.copy_(plain[name])
+    for name, quantizer in sites.items():
+        if name not in layers and "." in name:
+            place(module, name, quantizer)
+
+    recipe = dict(config["recipe"])
+    return QuantizedModel(
+        module=module.requires_grad_(False).to(device),
+        preprocessing=Preprocessing.from_dict(config["preprocessing"]),
+        origin=origin,
+        bits=str(parse_bits(config["bits"])),
+        recipe=recipe_from_dict(recipe, name=recipe["name"], where=CONFIG),
+        sites=sites,
+        calibration=config["calibration"],
+    )

@@ -1,0 +1,471 @@
+"""From a name to a model that can be inverted and quantized.
+
+Weights are read as safetensors or with `torch.load(weights_only=True)`: nothing that is loaded is ever executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import logging
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.models import is_model_in_modules
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from dfq import datasets, reference
+from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageError
+
+REFERENCE = "reference"
+_LOCAL_DIR = "local-dir:"
+_HUBS = ("hf-hub:", "hf_hub:", _LOCAL_DIR)
+_FAMILIES = ("vision_transformer", "deit")
+_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_CROP_MODES = ("center", "squash", "border")
+# Where training code puts the weights inside a checkpoint; averaged weights first, as timm does.
+_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+log = logging.getLogger("dfq")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a photograph becomes an input: resize, centre crop, normalise. Raises UsageError for what cannot be meant."""
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
+            raise UsageError(f"mean must be three finite numbers, not {self.mean}")
+        if len(self.std) != 3 or not all(0.0 < value < math.inf for value in self.std):
+            raise UsageError(f"std must be three positive numbers, not {self.std}")
+        if not 0.0 < self.crop_pct <= 1.0:
+            raise UsageError(f"crop_pct must lie above 0 and at most at 1, not {self.crop_pct}")
+        for name, value, known in (
+            ("interpolation", self.interpolation, _INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, _CROP_MODES),
+        ):
+            if value not in known:
+                raise UsageError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, and `Preprocessing.from_dict`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Preprocessing:
+        """What `to_dict` gave."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+        }
+        return cls(**values)
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """PIL image -> [3, H, W], normalised (timm's evaluation transform)."""
+        transform: Callable[[Image.Image], Tensor] = create_transform(
+            input_size=(3, *self.image_size),
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return transform
+
+    def describe(self) -> str:
+        """One line for people."""
+        height, width = self.image_size
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"{height}x{width}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
+            f"mean ({mean}), std ({std})"
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: enough to build its architecture again, and to find its weights again."""
+
+    name: str
+    architecture: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    random_weights: bool = False
+    seed: int | None = None
+    fingerprint: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Model:
+    """A full-precision Vision Transformer with all that is needed to use it. `model(images)` gives logits [B, C]."""
+
+    module: VisionTransformer
+    preprocessing: Preprocessing
+    origin: Origin
+    bits: str = "fp32"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: [B, 3, H, W], normalised -> logits [B, C]."""
+        logits: Tensor = self.module(images)
+        return logits
+
+    @property
+    def name(self) -> str:
+        return self.origin.name
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.module.num_classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return class_names_of(self.origin.architecture, self.num_classes)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+
+def class_names_of(architecture: str, num_classes: int) -> tuple[str, ...] | None:
+    """Folder names of the classes, in the order of the logits, where they are known."""
+    if architecture == REFERENCE:
+        return reference.CLASS_NAMES
+    return datasets.imagenet_wordnet_ids() if num_classes == 1000 else None
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """`None` and "auto" mean CUDA where there is one. Raises UsageError for a device this machine lacks."""
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device: torch.device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: use cpu, cuda or cuda:N") from error
+    present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= present.get(device.type, 0):
+        raise UsageError(
+            f"device {str(name)!r} is not there: this machine has the CPU and {present['cuda']} CUDA devices"
+        )
+    return device
+
+
+def build_architecture(architecture: str, arguments: dict[str, Any]) -> VisionTransformer:
+    """An untrained network: `reference`, or a timm architecture with keyword arguments for its constructor.
+
+    Both may come from a file that somebody else wrote. Raises DfqError for a name that is not timm's own, such as one
+    on a hub, and for arguments that would have timm read further files.
+    """
+    if architecture == REFERENCE:
+        return reference.build()
+    _check_known(architecture)
+    reading = sorted(set(inspect.signature(timm.create_model).parameters) & set(arguments))
+    if reading:
+        raise DfqError(f"{', '.join(reading)} is not an argument of the architecture {architecture}")
+    return _create(architecture, False, arguments)
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError unless `module` is a ViT whose blocks dfq understands."""
+    if not isinstance(module, VisionTransformer):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, not a timm VisionTransformer; "
+            "`dfq list models` shows what can be used"
+        )
+    for index, block in enumerate(module.blocks):
+        parts = {
+            "": (block, Block),
+            ".attn": (getattr(block, "attn", None), Attention),
+            ".mlp": (getattr(block, "mlp", None), Mlp),
+        }
+        for suffix, (part, understood) in parts.items():
+            if type(part) is not understood:
+                raise UnsupportedModelError(
+                    f"{name}: blocks.{index}{suffix} is a {type(part).__name__}, and dfq understands only timm's "
+                    f"{understood.__name__} there"
+                )
+    patches = module.patch_embed
+    if type(patches) is not PatchEmbed:
+        raise UnsupportedModelError(
+            f"{name}: patch_embed is a {type(patches).__name__}, and dfq understands only timm's PatchEmbed there"
+        )
+    if patches.proj.in_channels != 3:
+        raise UnsupportedModelError(f"{name} takes {patches.proj.in_channels} colour channels, dfq 3")
+    if any(pixels % patch for pixels, patch in zip(patches.img_size, patches.patch_size, strict=True)):
+        raise UnsupportedModelError(
+            f"{name}: images of {'x'.join(map(str, patches.img_size))} are not a whole number of patches of "
+            f"{'x'.join(map(str, patches.patch_size))}; give a multiple as --image-size"
+        )
+    if module.num_classes < 2 or not isinstance(module.head, nn.Linear):
+        raise UnsupportedModelError(f"{name} has no classifier, and it is classes that are inverted")
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """A state dict from a safetensors file or a PyTorch checkpoint, in float32.
+
+    Raises CheckpointError where the file is missing, damaged, holds no weights, or wants to run code.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"there is no checkpoint file {file}")
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error})") from error
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise CheckpointError(
+                f"{file} holds more than weights, and loading it could run code; it was not loaded. Save "
+                "`model.state_dict()` to safetensors and give that"
+            ) from error
+        raise CheckpointError(f"{file} is neither safetensors nor a PyTorch checkpoint") from error
+    # torch.load tells of a broken archive in all these ways.
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} is damaged, or no checkpoint at all ({reason})") from error
+    for key in _STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{file} holds no state dict (a mapping from parameter names to tensors)")
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def _load_into(module: nn.Module, state: dict[str, Tensor], name: str, file: Path | str) -> None:
+    """`load_state_dict`, with what does not fit said in a sentence."""
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state]
+    surplus = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if missing or surplus or reshaped:
+        found = [
+            f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for kind, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", reshaped))
+            if keys
+        ]
+        raise CheckpointError(f"{file} is not a checkpoint of {name}: {'; '.join(found)}")
+    module.load_state_dict(state)
+
+
+def _check_finite(module: nn.Module, name: str) -> None:
+    broken = [key for key, value in module.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"the weights of {name} hold NaN or infinite values in {', '.join(broken[:3])}")
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names and values of all weights: the same for the same model, whatever file it came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_known(name: str) -> None:
+    base = name.split(".")[0]
+    if timm.is_model(base):
+        tags = [entry for entry in timm.list_pretrained(f"{base}.*") if entry.startswith(f"{base}.")]
+        if name != base and name not in tags:
+            raise DfqError(f"timm knows {base}, but not with the weights {name!r}; it has {', '.join(tags) or 'none'}")
+        return
+    # Vision Transformers first: of two names as near, that is the one meant here.
+    near = difflib.get_close_matches(base, timm.list_models(["vit_*", "deit*"]), n=3)
+    near = near or difflib.get_close_matches(base, timm.list_models(), n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "`dfq list models` shows the names"
+    raise DfqError(f"timm knows no model {name!r}; {hint}")
+
+
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> VisionTransformer:
+    try:
+        module = timm.create_model(name, pretrained=pretrained, **arguments)
+    # What timm and the hub raise for a missing network, file or tag shares no base class but Exception.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if pretrained and not name.startswith(_LOCAL_DIR):
+            raise DfqError(
+                f"timm could not get the pretrained weights of {name} ({reason}); without a network give "
+                "--checkpoint FILE, or --random-weights to try things out"
+            ) from error
+        raise DfqError(f"timm could not build {name}: {reason}") from error
+    return module
+
+
+def _on_hub(name: str) -> tuple[str, dict[str, Any]]:
+    """Architecture and constructor arguments of a model on a hub, or in a folder laid out like one there."""
+    place = name.partition(":")[2]
+    read = load_model_config_from_path if name.startswith(_LOCAL_DIR) else load_model_config_from_hf
+    try:
+        _, architecture, arguments = read(place)
+    # As in `_create`, and a config.json may hold anything.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DfqError(f"cannot find out what {name} is: {reason}") from error
+    return str(architecture), dict(arguments or {})
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: Path | str | None = None,
+    random_weights: bool = False,
+    image_size: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Model:
+    """Build a Vision Transformer and its preprocessing.
+
+    name: a timm name, with or without a tag (`vit_tiny_patch16_224.augreg_in21k_ft_in1k`), `hf-hub:USER/REPO`,
+    `local-dir:FOLDER`, or `reference`, the small model that comes with dfq. checkpoint: a safetensors file or a
+    PyTorch checkpoint of weights; a head with another number of classes than the architecture's default is taken from
+    it. random_weights: untrained, drawn from `seed`. Neither: timm's pretrained weights. The preprocessing is timm's
+    for this name; mean, std, interpolation and crop_pct (of a checkpoint trained otherwise) replace it.
+
+    Raises DfqError: an unknown name, no weights to be had, a checkpoint that does not fit, NaN in weights, a model
+    that is not a Vision Transformer dfq understands.
+    """
+    if checkpoint is not None and random_weights:
+        raise UsageError("--checkpoint and --random-weights exclude each other")
+    target = resolve_device(device)
+    arguments: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    state = None if checkpoint is None else read_weights(checkpoint)
+
+    if name == REFERENCE:
+        if arguments:
+            raise UsageError("the image size of the reference model is fixed")
+        if state is None and not random_weights:
+            state = read_weights(reference.weights_path())
+        module: VisionTransformer = reference.build() if not random_weights else _seeded(reference.build, seed)
+        architecture = REFERENCE
+        preprocessing = Preprocessing(reference.IMAGE_SIZE, reference.MEAN, reference.STD, crop_pct=1.0)
+    else:
+        pretrained = state is None and not random_weights
+        architecture = name
+        if name.startswith(_HUBS):
+            architecture, saved = _on_hub(name)
+            arguments = saved | arguments
+        else:
+            _check_known(name)
+            if pretrained and not is_model_in_modules(name.split(".")[0], _FAMILIES):
+                # Told before anything is downloaded.
+                check_supported(name, _create(name, False, arguments))
+        head = None if state is None else state.get("head.weight")
+        if head is not None and head.dim() == 2:
+            arguments["num_classes"] = head.shape[0]
+        module = _seeded(lambda: _create(name, pretrained, arguments), seed)
+        check_supported(name, module)
+        config = resolve_model_data_config(module)
+        preprocessing = Preprocessing(
+            image_size=tuple(module.patch_embed.img_size),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+        arguments |= {"num_classes": module.num_classes}
+
+    if state is not None:
+        _load_into(module, state, name, checkpoint if checkpoint is not None else reference.weights_path())
+    _check_finite(module, name)
+    overrides: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
+    preprocessing = replace(preprocessing, **{key: value for key, value in overrides.items() if value is not None})
+    module.eval().requires_grad_(False)
+    origin = Origin(
+        name=name,
+        architecture=architecture,
+        arguments=arguments,
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+        random_weights=random_weights,
+        seed=seed if random_weights else None,
+        fingerprint=_fingerprint(module),
+    )
+    log.info("%s: %s", name, preprocessing.describe())
+    return Model(module.to(target), preprocessing, origin)
+
+
+def _seeded(build: Callable[[], VisionTransformer], seed: int) -> VisionTransformer:
+    """`build()` with torch's global generator set for its time only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def load_original(
+    origin: Origin,
+    preprocessing: Preprocessing,
+    *,
+    checkpoint: Path | str | None = None,
+    device: str | torch.device | None = None,
+) -> Model:
+    """The full-precision model that `origin` tells of, its weights checked against the fingerprint.
+
+    checkpoint: where the weights lie now, if not where they were. Raises DfqError where they are not to be had, or
+    are others.
+    """
+    file = checkpoint or origin.checkpoint
+    if file is not None and not Path(file).is_file():
+        raise CheckpointError(f"the original weights are not at {file} any more: give --checkpoint FILE")
+    size = origin.arguments.get("img_size")
+    model = load_model(
+        origin.name,
+        checkpoint=file,
+        random_weights=origin.random_weights,
+        image_size=size,
+        device=device,
+        seed=origin.seed or 0,
+    )
+    if model.origin.fingerprint != origin.fingerprint:
+        raise CheckpointError(
+            f"the weights of {file or origin.name} are not those the quantized model was made from: its baseline "
+            "would be another model; give --checkpoint FILE"
+        )
+    return replace(model, preprocessing=preprocessing)
+
+
+def supported_names() -> list[str]:
+    """timm names of the families dfq understands (single models of a family may still be refused, with the reason)."""
+    return sorted(name for family in _FAMILIES for name in timm.list_models(module=family))

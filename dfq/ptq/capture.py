@@ -1,0 +1,143 @@
+"""Activations of a ViT, stage by stage: the stem, each block, the head.
+
+Only one stage's activations are held at a time, and of each site only what its range search needs: the extremes, or a
+sample of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from calibration.tokens import token_gather
+
+# Values of one site that a range search gets to see; beyond that the search only gets slower.
+SAMPLE_ELEMENTS = 2**19
+
+
+class Extremes:
+    """Smallest and largest value of each head and channel: all that a min-max range needs, exactly."""
+
+    def __init__(self) -> None:
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        # [B, N, C] keeps C; [B, heads, N, D] and images [B, C, H, W] keep axis 1 and the last one.
+        kept = {x.dim() - 1} | ({1} if x.dim() == 4 else set())
+        reduced = [axis for axis in range(x.dim()) if axis not in kept]
+        low, high = x.amin(reduced, keepdim=True), x.amax(reduced, keepdim=True)
+        if self._low is None or self._high is None:
+            self._low, self._high = low, high
+            return
+        if low.shape != self._low.shape:
+            # Attention maps of batches with different numbers of tokens have only the heads in common.
+            low, self._low = low.amin(-1, keepdim=True), self._low.amin(-1, keepdim=True)
+            high, self._high = high.amax(-1, keepdim=True), self._high.amax(-1, keepdim=True)
+        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
+
+    def values(self) -> Tensor:
+        if self._low is None or self._high is None:
+            raise RuntimeError("no activation passed this site")
+        return torch.cat([self._low, self._high])
+
+
+class Sample:
+    """A random share of the rows (tokens), every head and channel of them."""
+
+    def __init__(self, share: Callable[[Tensor], float], seed: int) -> None:
+        self._share = share
+        self._generator = torch.Generator().manual_seed(seed)
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        # Rows first: [B, N, C] -> [B * N, C]; [B, heads, N, D] -> [B * N, heads, 1, D], so that axis 1 is still heads.
+        rows = x.transpose(1, 2).flatten(0, 1).unsqueeze(2) if x.dim() == 4 else x.flatten(0, -2)
+        share = self._share(x)
+        if share < 1.0:
+            count = max(1, round(len(rows) * share))
+            rows = rows[torch.randperm(len(rows), generator=self._generator)[:count].to(x.device)]
+        self._rows.append(rows.clone())
+
+    def values(self) -> Tensor:
+        if not self._rows:
+            raise RuntimeError("no activation passed this site")
+        if len({rows.shape[1:] for rows in self._rows}) > 1:
+            # As in `Extremes`: [R, heads, 1, N] -> [R * N, heads, 1, 1].
+            return torch.cat([rows.movedim(-1, 1).flatten(0, 1).unsqueeze(-1) for rows in self._rows])
+        return torch.cat(self._rows)
+
+
+class MeanSquare:
+    """Mean square of each input channel of a layer: what an error in the weights of that channel counts by."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, x: Tensor) -> None:
+        # A linear takes [..., C], the patch embedding's convolution [B, C, H, W].
+        axis = 1 if x.dim() == 4 else x.dim() - 1
+        squares = x.square().sum([other for other in range(x.dim()) if other != axis])
+        self._sum = squares if self._sum is None else self._sum + squares
+        self._count += x.numel() // x.shape[axis]
+
+    def values(self) -> Tensor:
+        """[C]"""
+        if self._sum is None:
+            raise RuntimeError("no activation passed this site")
+        return self._sum / self._count
+
+
+Recorder = Extremes | Sample | MeanSquare
+
+
+@contextmanager
+def recording(slots: Mapping[nn.Module, Recorder]) -> Iterator[dict[nn.Module, None]]:
+    """Record what passes each slot while it is open. Yields the slots in the order of the forward pass."""
+    passed: dict[nn.Module, None] = {}
+
+    def record(slot: nn.Module, _args: Any, x: Tensor) -> None:
+        passed.setdefault(slot)
+        slots[slot].add(x.detach())
+
+    handles = [slot.register_forward_hook(record) for slot in slots]
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ReachedBlocks(Exception):  # noqa: N818 - it carries a result, not an error
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+
+def stem(vit: VisionTransformer, images: Tensor, keep: Tensor | None) -> Tensor:
+    """images: [B, 3, H, W] -> the tokens that enter the first block: [B, P + K, D], by the model's own forward pass."""
+
+    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _ReachedBlocks(args[0])
+
+    handle = vit.blocks.register_forward_pre_hook(stop)
+    try:
+        with token_gather(vit) as gather:
+            gather.keep = keep
+            vit.forward_features(images)
+    except _ReachedBlocks as reached:
+        return reached.tokens
+    finally:
+        handle.remove()
+    raise RuntimeError("the forward pass never came to the blocks")
+
+
+def head(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """tokens: [B, P + K, D], from the last block -> logits [B, C]."""
+    logits: Tensor = vit.forward_head(vit.norm(tokens))
+    return logits

@@ -1,0 +1,29 @@
+"""Tensors in, integers out: quantizers, the searches for their ranges, and the packing of their integers."""
+
+from quantizers.base import Quantizer
+from quantizers.granularity import Granularity, PerAxis, PerTensor, granularity_from_dict
+from quantizers.packing import pack, packed_length, unpack
+from quantizers.ranges import MSE, MinMax, Percentile, RangeSearch, range_search, range_search_from_dict
+from quantizers.serialization import build
+from quantizers.twin_uniform import TwinUniformQuantizer
+from quantizers.uniform import UniformQuantizer
+
+__all__ = [
+    "MSE",
+    "Granularity",
+    "MinMax",
+    "PerAxis",
+    "PerTensor",
+    "Percentile",
+    "Quantizer",
+    "RangeSearch",
+    "TwinUniformQuantizer",
+    "UniformQuantizer",
+    "build",
+    "granularity_from_dict",
+    "pack",
+    "packed_length",
+    "range_search",
+    "range_search_from_dict",
+    "unpack",
+]

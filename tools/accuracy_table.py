@@ -1,0 +1,219 @@
+"""Accuracy of quantized models by calibration data, recipe and bits, on labelled images of your own.
+
+    python tools/accuracy_table.py --images imagenet/val \\
+        --model deit_tiny_patch16_224=deit_tiny.safetensors --model vit_tiny_patch16_224=vit_tiny.safetensors
+
+Every cell is one line of JSON in --results, with seed, versions and seconds; cells that are there are not made again,
+so a run that was stopped goes on. --markdown writes the tables of all lines in the file, and makes nothing.
+The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import dfq
+from calibration.tokens import PatchGrid
+from dfq.datasets import image_folder
+
+SOURCES = ("real", "smi", "dense", "gaussian")
+
+
+@dataclass
+class Replayed:
+    """A model whose logits for these images are known: the baseline need not run again for every cell."""
+
+    model: dfq.Model
+    logits: Tensor
+    _at: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        start, self._at = self._at, self._at + len(images)
+        return self.logits[start : self._at].to(images.device)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    lines = read_lines(arguments.results)
+    if arguments.markdown:
+        print(to_markdown(lines))
+        return
+    done = {key_of(line) for line in lines}
+    for entry in arguments.model:
+        name, _, checkpoint = entry.partition("=")
+        wanted = [
+            {"model": name, "source": source, "recipe": recipe, "bits": bits, "seed": arguments.seed}
+            for source in arguments.sources
+            for bits in arguments.bits
+            for recipe in arguments.recipes
+        ]
+        missing = [cell for cell in wanted if key_of(cell) not in done]
+        if not missing:
+            continue
+        model = dfq.load_model(name, checkpoint=checkpoint or None)
+        images, labels = load_images(arguments.images, model)
+        with torch.inference_mode():
+            logits = torch.cat([model(batch) for batch in images.split(50)])
+        for cell in missing:
+            calibration, made = calibration_set(cell["source"], model, arguments)
+            started = time.monotonic()
+            quantized = dfq.quantize(model, cell["bits"], calibration=calibration, recipe=cell["recipe"])
+            quantize_seconds = time.monotonic() - started
+            result = dfq.evaluate(
+                quantized, TensorDataset(images, labels), baseline=Replayed(model, logits), batch_size=50
+            )
+            line = (
+                cell
+                | result.to_dict()
+                | made
+                | {
+                    "model": name,
+                    "seed": arguments.seed,
+                    "quantize_seconds": round(quantize_seconds, 1),
+                    "machine": machine(),
+                }
+            )
+            append(arguments.results, line)
+            print(
+                f"{name} {cell['source']} {cell['recipe']} {cell['bits']}: {line['top1']:.1f} "
+                f"(drop {line['drop']:.2f}), {quantize_seconds:.0f} s",
+                flush=True,
+            )
+
+
+def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The set for a row, and how long it took when it was made."""
+    if source == "real":
+        preprocessing = model.preprocessing
+        folder = arguments.calibration_images or arguments.images
+        real = dfq.real_images(
+            folder,
+            PatchGrid.of(model.module),
+            preprocessing.transform(),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+        )
+        return real, {"iterations": 0, "generate_seconds": 0.0}
+    iterations = {"smi": arguments.smi_iterations, "dense": arguments.dense_iterations}.get(source, 1)
+    out = arguments.results.parent / f"{model.name}-{source}-{iterations}-seed{arguments.seed}"
+    timing = out.with_suffix(".seconds")
+    started = time.monotonic()
+    made = dfq.generate(model, source, arguments.num_images, iterations=iterations, seed=arguments.seed, out=out)
+    if not timing.exists():
+        timing.write_text(f"{time.monotonic() - started:.1f}")
+    return made, {
+        "iterations": iterations if source != "gaussian" else 0,
+        "generate_seconds": float(timing.read_text()),
+    }
+
+
+def load_images(folder: Path, model: dfq.Model) -> tuple[Tensor, Tensor]:
+    """All images of the folder, preprocessed once: float32 [M, 3, H, W], and labels [M]."""
+    dataset = image_folder(folder, model)
+    pairs = [dataset[index] for index in range(len(dataset))]
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+def machine() -> str:
+    """CPU and GPU, for the record."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {os.cpu_count()} cores{gpu}"
+
+
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[part] for part in ("model", "source", "recipe", "bits", "seed"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def to_markdown(lines: list[dict[str, Any]]) -> str:
+    """One table per model: rows are calibration data, columns bits and recipe."""
+    blocks = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        columns = list(dict.fromkeys((line["bits"], line["recipe"]) for line in own))
+        columns.sort(key=lambda column: (column[1], -int(column[0][1]), column[0]))
+        first = own[0]
+        blocks.append(
+            f"**{model}**: full precision {first['baseline_top1']:.1f} % on {first['num_images']} images. "
+            "Drop in points [95 % interval]; agreement with full precision.\n"
+        )
+        blocks.append(
+            "| calibration | s | " + " | ".join(f"{bits.upper()} `{recipe}`" for bits, recipe in columns) + " |"
+        )
+        blocks.append("|---" * (len(columns) + 2) + "|")
+        for source in dict.fromkeys(line["source"] for line in own):
+            row = {(line["bits"], line["recipe"]): line for line in own if line["source"] == source}
+            some = next(iter(row.values()))
+            label = source if not some["iterations"] else f"{source}, {some['iterations']} iterations"
+            cells = [cell_text(row.get(column)) for column in columns]
+            blocks.append(f"| {label} | {some['generate_seconds']:.0f} | " + " | ".join(cells) + " |")
+        seconds = sorted(line["quantize_seconds"] for line in own)
+        blocks.append(
+            f"\nQuantizing took {seconds[0]:.0f} to {seconds[-1]:.0f} s. Seed {first['seed']}; {first['machine']}; "
+            + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+            + ".\n"
+        )
+    return "\n".join(blocks)
+
+
+def cell_text(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "-"
+    low, high = line["drop_ci95"]
+    return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME[=CHECKPOINT]")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
+    parser.add_argument("--calibration-images", type=Path, metavar="DIR", help="for the `real` rows")
+    parser.add_argument("--results", type=Path, default=Path("runs/accuracy/results.jsonl"))
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
+    parser.add_argument("--recipes", nargs="+", default=["paper", "default"])
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8"])
+    parser.add_argument("--num-images", type=int, default=32)
+    parser.add_argument("--smi-iterations", type=int, default=1000)
+    parser.add_argument("--dense-iterations", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
+    arguments = parser.parse_args()
+    if not arguments.markdown and not (arguments.model and arguments.images):
+        parser.error("give --model and --images, or --markdown")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
