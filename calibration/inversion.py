@@ -23,6 +23,10 @@ from calibration.saliency import ClassAttentionProbe, class_attention_probe
 from calibration.schedules import PatchSchedule
 from calibration.tokens import PatchGrid, token_gather
 
+COMPARE_EVERY = 20
+"""Iterations between two comparisons of iterates; one costs a forward pass, about a third of a step."""
+
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -126,9 +130,12 @@ def invert(
     """Optimise one batch of images until `vit` sees `labels` in them.
 
     initial: [B, 3, H, W], normalised, on the model's device; labels: [B]; generator: CPU, for the jitter.
-    Of each image the best iterate is kept, by the objective's per-image terms (the last among equals), among those
-    made with its final patches. Patches that are stopped get no gradient through the model, but for the half patch
-    by which jitter may be off; terms on pixels (total variation) and Adam's momentum still move them, as published.
+    Of each image the best iterate is kept, by the objective's per-image terms (the last among equals), among every
+    `COMPARE_EVERY`-th of those made with its final patches, and the last. They are compared unmoved: under jitter the
+    luckiest move would win, not the best image.
+
+    Patches that are stopped get no gradient through the model, but for the half patch by which jitter may be off; terms
+    on pixels (total variation) and Adam's momentum still move them, as published.
 
     Raises DfqError where the schedule needs a class token the model lacks, or the loss leaves the real numbers.
     """
@@ -145,6 +152,7 @@ def invert(
     keep = torch.arange(grid.num_patches, device=device).expand(len(initial), -1)
     best = initial.clone()
     best_score = torch.full((len(initial),), torch.inf, device=device)
+    confidence = torch.zeros(len(initial), device=device)
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())  # callers may be under no_grad
@@ -172,31 +180,36 @@ def invert(
 
             gather.keep = move.patches(grid).to(device)[keep] if keep.shape[1] < grid.num_patches else None
             logits = logits_of(move.images(pixels))
-            loss, score = objective(Step(images=pixels, logits=logits, labels=labels))
+            loss, _ = objective(Step(images=pixels, logits=logits, labels=labels))
             (pixels.grad,) = torch.autograd.grad(loss, pixels)
 
             with torch.no_grad():
-                if iteration >= settled:
+                adam.step()
+                pixels.clamp_(low, high)
+                done = iteration + 1 == settings.iterations
+                if done or (iteration >= settled and (iteration + 1 - settled) % COMPARE_EVERY == 0):
+                    gather.keep = keep if keep.shape[1] < grid.num_patches else None
+                    still = logits_of(pixels)
+                    _, score = objective(Step(images=pixels, logits=still, labels=labels))
                     better = score <= best_score
                     best_score = torch.where(better, score, best_score)
                     best = torch.where(better.view(-1, 1, 1, 1), pixels, best)
-                adam.step()
-                pixels.clamp_(low, high)
+                    confidence = torch.where(better, _probability(still, labels), confidence)
             if on_step is not None and (iteration % 10 == 0 or iteration == settings.iterations - 1):
-                confidence = logits.detach().softmax(-1).gather(1, labels.view(-1, 1)).mean()
-                on_step(Progress(iteration + 1, settings.iterations, loss.item(), confidence.item(), keep.shape[1]))
+                seen = _probability(logits.detach(), labels).mean()
+                on_step(Progress(iteration + 1, settings.iterations, loss.item(), seen.item(), keep.shape[1]))
 
         # Once a step has left them, its pixels never come back.
         if not bool(best_score.isfinite().all() and pixels.isfinite().all()):
             raise DfqError(
                 "the inversion loss left the real numbers; try --precision fp32, and check the model's weights"
             )
-        # Of all iterates only the initial one, which is drawn unbounded, can be no image yet.
-        best = best.clamp(low, high)
-        with torch.no_grad():
-            gather.keep = keep if keep.shape[1] < grid.num_patches else None
-            confidence = logits_of(best).softmax(-1).gather(1, labels.view(-1, 1))[:, 0]
     return Inverted(images=best, keep=keep.clone(), confidence=confidence)
+
+
+def _probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits: [B, C], labels: [B] -> [B], what the model gives the wanted class."""
+    return logits.softmax(-1).gather(1, labels.view(-1, 1))[:, 0]
 
 
 def describe(objective: Objective, schedule: PatchSchedule, settings: Settings) -> dict[str, Any]:

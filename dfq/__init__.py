@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from dfq.errors import DfqError
     from dfq.evaluation import Evaluation, evaluate
     from dfq.generation import generate
-    from dfq.models import Model, Preprocessing, load_model
+    from dfq.models import Model, load_model
+    from dfq.preprocessing import Preprocessing
     from dfq.ptq.engine import QuantizedModel, quantize
     from dfq.recipe import Recipe, load_recipe
 
@@ -33,7 +34,7 @@ _HOMES = {
     "DfqError": "dfq.errors",
     "Evaluation": "dfq.evaluation",
     "Model": "dfq.models",
-    "Preprocessing": "dfq.models",
+    "Preprocessing": "dfq.preprocessing",
     "QuantizedModel": "dfq.ptq.engine",
     "Recipe": "dfq.recipe",
     "evaluate": "dfq.evaluation",

@@ -15,7 +15,8 @@ from torch import Tensor
 import quantizers
 from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
 from dfq.errors import CheckpointError, DfqError
-from dfq.models import Origin, Preprocessing, build_architecture, resolve_device
+from dfq.models import Origin, build_architecture, resolve_device
+from dfq.preprocessing import Preprocessing
 from dfq.ptq.engine import QuantizedModel, place
 from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.recipe import parse_bits, recipe_from_dict

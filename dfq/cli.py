@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
 import warnings
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfq import __version__
+from dfq.options import build_parser
 
 if TYPE_CHECKING:
     from calibration import CalibrationSet, Plan
@@ -33,7 +32,7 @@ def run() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser(_COMMANDS).parse_args(argv)
     try:
         with _reporting(quiet=arguments.quiet, debug=arguments.debug):
             status = int(arguments.command(arguments) or 0)
@@ -321,142 +320,4 @@ def _describe_set(made: CalibrationSet) -> str:
     return ", ".join(parts)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dfq",
-        description="Data-free quantization of Vision Transformers: from a pretrained timm ViT and not one real image "
-        "to a low-bit model, measured beside full precision.",
-        epilog="Try `dfq demo` first. `dfq COMMAND --help` tells more, with an example.",
-    )
-    parser.add_argument("--version", action="version", version=f"dfq {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    generate = _command(
-        commands,
-        "generate",
-        _generate,
-        "make a calibration set by inverting a model",
-        "dfq generate vit_tiny_patch16_224 --checkpoint vit.safetensors -n 32 --out images",
-    )
-    _model_options(generate)
-    _generation_options(generate)
-    _output_options(generate, "folder for the calibration set")
-
-    quantize = _command(
-        commands,
-        "quantize",
-        _quantize,
-        "quantize a model, on generated images or on a set",
-        "dfq quantize vit_tiny_patch16_224 --checkpoint vit.safetensors --bits w4a8 --out vit-w4a8",
-    )
-    _model_options(quantize)
-    quantize.add_argument(
-        "--bits", default="w8a8", metavar="wXaY", help="bits of weights and activations (%(default)s)"
-    )
-    quantize.add_argument(
-        "--recipe", default="default", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
-    )
-    source = quantize.add_mutually_exclusive_group()
-    source.add_argument("--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made")
-    source.add_argument("--calibration-images", type=Path, metavar="DIR", help="a folder of real images")
-    _generation_options(quantize)
-    _output_options(quantize, "folder for the quantized model")
-
-    evaluate = _command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "measure the accuracy of a quantized model, or of a full-precision one",
-        "dfq evaluate vit-w4a8 --data-dir imagenet/val --baseline --max-drop 1",
-    )
-    _model_options(evaluate, "a folder that `dfq quantize` made, or a model")
-    evaluate.add_argument("--data-dir", type=Path, metavar="DIR", help="one folder of images per class")
-    evaluate.add_argument("--dataset", metavar="NAME", help="a dataset as timm names it, such as torch/cifar10")
-    evaluate.add_argument("--split", default="validation", help="of --dataset (%(default)s)")
-    evaluate.add_argument("--baseline", action="store_true", help="measure full precision on the same images too")
-    evaluate.add_argument("--max-drop", type=_finite, metavar="POINTS", help="exit with 3 if the drop is larger")
-    evaluate.add_argument(
-        "-b", "--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)"
-    )
-    evaluate.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="loading processes (%(default)s)")
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most so many images, evenly spaced")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-
-    listing = _command(commands, "list", _list, "say what there is", "dfq list methods")
-    listing.add_argument("what", choices=("models", "methods", "recipes"))
-
-    demo = _command(commands, "demo", _demo, "all of it on the small model that comes with dfq", "dfq demo")
-    demo.add_argument("-o", "--out", type=Path, default=Path("dfq-demo"), metavar="DIR", help="folder (%(default)s)")
-    return parser
-
-
-def _command(commands: Any, name: str, function: Any, summary: str, example: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example: {example}",
-        allow_abbrev=False,
-    )
-    command.set_defaults(command=function)
-    command.add_argument("--quiet", action="store_true", help="results and errors only")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return command
-
-
-def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> None:
-    command.add_argument(
-        "model", metavar="MODEL", help=f"{what}: a timm name, hf-hub:USER/REPO, local-dir:FOLDER, or reference"
-    )
-    weights = command.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: safetensors or a PyTorch state dict")
-    weights.add_argument("--random-weights", action="store_true", help="untrained, for trials and timing")
-    command.add_argument("--image-size", type=_positive, metavar="N", help="other than the model's own")
-    command.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the normalisation, red green blue")
-    command.add_argument("--std", type=float, nargs=3, metavar="X", help="of the normalisation")
-    command.add_argument("--interpolation", help="of the resize")
-    command.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image in the crop")
-    command.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (CUDA where there is one)")
-    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all randomness (%(default)s)")
-
-
-def _generation_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", default="smi", metavar="NAME", help="see `dfq list methods` (%(default)s)")
-    command.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="(%(default)s)")
-    command.add_argument(
-        "--iterations", type=_positive, default=500, metavar="N", help="of inversion; published: 4000 (%(default)s)"
-    )
-    command.add_argument(
-        "-b", "--batch-size", type=_positive, default=32, metavar="N", help="images inverted together (%(default)s)"
-    )
-    command.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the model's passes (%(default)s)"
-    )
-
-
-def _output_options(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="DIR", help=f"{what}; one that was begun is continued"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace what another run left there")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2^63 - 1, not {value}")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-    return value
+_COMMANDS = {"generate": _generate, "quantize": _quantize, "evaluate": _evaluate, "list": _list, "demo": _demo}

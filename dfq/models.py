@@ -1,16 +1,10 @@
-"""From a name to a model that can be inverted and quantized.
-
-Weights are read as safetensors or with `torch.load(weights_only=True)`: nothing that is loaded is ever executed.
-"""
+"""From a name to a model that can be inverted and quantized."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 import logging
-import math
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,10 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
@@ -32,77 +23,15 @@ from torch import Tensor, nn
 
 from dfq import datasets, reference
 from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageError
+from dfq.preprocessing import Preprocessing
+from dfq.weights import check_finite, fingerprint, load_into, read_weights
 
 REFERENCE = "reference"
 _LOCAL_DIR = "local-dir:"
 _HUBS = ("hf-hub:", "hf_hub:", _LOCAL_DIR)
 _FAMILIES = ("vision_transformer", "deit")
-_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-_CROP_MODES = ("center", "squash", "border")
-# Where training code puts the weights inside a checkpoint; averaged weights first, as timm does.
-_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 log = logging.getLogger("dfq")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a photograph becomes an input: resize, centre crop, normalise. Raises UsageError for what cannot be meant."""
-
-    image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.9
-    crop_mode: str = "center"
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
-            raise UsageError(f"mean must be three finite numbers, not {self.mean}")
-        if len(self.std) != 3 or not all(0.0 < value < math.inf for value in self.std):
-            raise UsageError(f"std must be three positive numbers, not {self.std}")
-        if not 0.0 < self.crop_pct <= 1.0:
-            raise UsageError(f"crop_pct must lie above 0 and at most at 1, not {self.crop_pct}")
-        for name, value, known in (
-            ("interpolation", self.interpolation, _INTERPOLATIONS),
-            ("crop_mode", self.crop_mode, _CROP_MODES),
-        ):
-            if value not in known:
-                raise UsageError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, and `Preprocessing.from_dict`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Preprocessing:
-        """What `to_dict` gave."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
-        }
-        return cls(**values)
-
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """PIL image -> [3, H, W], normalised (timm's evaluation transform)."""
-        transform: Callable[[Image.Image], Tensor] = create_transform(
-            input_size=(3, *self.image_size),
-            is_training=False,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-        )
-        return transform
-
-    def describe(self) -> str:
-        """One line for people."""
-        height, width = self.image_size
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return (
-            f"{height}x{width}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
-            f"mean ({mean}), std ({std})"
-        )
 
 
 @dataclass(frozen=True)
@@ -230,77 +159,6 @@ def check_supported(name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} has no classifier, and it is classes that are inverted")
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or a PyTorch checkpoint, in float32.
-
-    Raises CheckpointError where the file is missing, damaged, holds no weights, or wants to run code.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"there is no checkpoint file {file}")
-    try:
-        if file.suffix == ".safetensors":
-            content: Any = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error})") from error
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise CheckpointError(
-                f"{file} holds more than weights, and loading it could run code; it was not loaded. Save "
-                "`model.state_dict()` to safetensors and give that"
-            ) from error
-        raise CheckpointError(f"{file} is neither safetensors nor a PyTorch checkpoint") from error
-    # torch.load tells of a broken archive in all these ways.
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} is damaged, or no checkpoint at all ({reason})") from error
-    for key in _STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{file} holds no state dict (a mapping from parameter names to tensors)")
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-
-
-def _load_into(module: nn.Module, state: dict[str, Tensor], name: str, file: Path | str) -> None:
-    """`load_state_dict`, with what does not fit said in a sentence."""
-    expected = module.state_dict()
-    missing = [key for key in expected if key not in state]
-    surplus = [key for key in state if key not in expected]
-    reshaped = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    if missing or surplus or reshaped:
-        found = [
-            f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for kind, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", reshaped))
-            if keys
-        ]
-        raise CheckpointError(f"{file} is not a checkpoint of {name}: {'; '.join(found)}")
-    module.load_state_dict(state)
-
-
-def _check_finite(module: nn.Module, name: str) -> None:
-    broken = [key for key, value in module.state_dict().items() if not bool(value.isfinite().all())]
-    if broken:
-        raise CheckpointError(f"the weights of {name} hold NaN or infinite values in {', '.join(broken[:3])}")
-
-
-def _fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names and values of all weights: the same for the same model, whatever file it came from."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check_known(name: str) -> None:
     base = name.split(".")[0]
     if timm.is_model(base):
@@ -409,8 +267,8 @@ def load_model(
         arguments |= {"num_classes": module.num_classes}
 
     if state is not None:
-        _load_into(module, state, name, checkpoint if checkpoint is not None else reference.weights_path())
-    _check_finite(module, name)
+        load_into(module, state, name, checkpoint if checkpoint is not None else reference.weights_path())
+    check_finite(module, name)
     overrides: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
     preprocessing = replace(preprocessing, **{key: value for key, value in overrides.items() if value is not None})
     module.eval().requires_grad_(False)
@@ -421,7 +279,7 @@ def load_model(
         checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
         random_weights=random_weights,
         seed=seed if random_weights else None,
-        fingerprint=_fingerprint(module),
+        fingerprint=fingerprint(module),
     )
     log.info("%s: %s", name, preprocessing.describe())
     return Model(module.to(target), preprocessing, origin)

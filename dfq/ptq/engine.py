@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from calibration import CalibrationSet, load_calibration_set
 from dfq.errors import DfqError
-from dfq.models import Model, Origin, Preprocessing, check_supported, class_names_of
+from dfq.models import Model, Origin, check_supported, class_names_of
+from dfq.preprocessing import Preprocessing
 from dfq.ptq import capture
 from dfq.ptq.capture import Extremes, MeanSquare, Sample
 from dfq.ptq.modules import QuantizedLayer, adapt, quantize_parameter

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import dfq
+from calibration import inversion
 from calibration.augment import STILL, Move, RollAndFlip
 from calibration.errors import DfqError
 from calibration.inversion import (
@@ -53,16 +54,24 @@ class Scripted(RollAndFlip):
 
 @dataclass(frozen=True)
 class Recorded(Objective):
-    """The published objective, remembering its steps; `scores` [iterations, B], where given, replace its own."""
+    """The published objective, remembering its steps and the iterates that were compared.
+
+    `scores` [comparisons, B], where given, replace its own.
+    """
 
     scores: tuple[tuple[float, ...], ...] = ()
     steps: list[Step] = field(default_factory=list)
+    compared: list[Step] = field(default_factory=list)
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         loss, score = super().__call__(step)
+        seen = Step(step.images.detach().clone(), step.logits.detach(), step.labels)
+        if step.logits.requires_grad:
+            self.steps.append(seen)
+            return loss, score
         if self.scores:
-            score = torch.tensor(self.scores[len(self.steps)])
-        self.steps.append(Step(step.images.detach().clone(), step.logits.detach(), step.labels))
+            score = torch.tensor(self.scores[len(self.compared)])
+        self.compared.append(seen)
         return loss, score
 
 
@@ -188,6 +197,12 @@ class TestWhatIsMade:
         assert not torch.equal(made.images, made.images.bfloat16().float())
 
 
+def _unfused(vit: VisionTransformer) -> VisionTransformer:
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    return vit
+
+
 class TestAdam:
     def test_the_first_two_steps_are_adams(self, make_vit: Any) -> None:
         """Against Adam as its paper writes it, betas (0.5, 0.99), learning rate 0.25, clamped after each step."""
@@ -209,22 +224,36 @@ class TestAdam:
 class TestTheBest:
     SCORES = ((3.0, 1.0), (1.0, 4.0), (2.0, 0.5), (5.0, 9.0))
 
+    @pytest.fixture(autouse=True)
+    def _compare_every_iterate(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(inversion, "COMPARE_EVERY", 1)
+
     def test_the_best_iterate_of_each_image_is_kept(self, make_vit: Any) -> None:
         objective = Recorded(scores=self.SCORES)
         made = run(make_vit(), objective=objective)
-        assert torch.equal(made.images[0], objective.steps[1].images[0])
-        assert torch.equal(made.images[1], objective.steps[2].images[1])
-        assert len({step.images.sum().item() for step in objective.steps}) == 4
+        assert torch.equal(made.images[0], objective.compared[1].images[0])
+        assert torch.equal(made.images[1], objective.compared[2].images[1])
+        assert len({step.images.sum().item() for step in objective.compared}) == 4
+
+    def test_iterates_are_compared_unmoved_after_their_step(self, make_vit: Any) -> None:
+        vit, objective = make_vit(), Recorded()
+        run(vit, objective=objective, augment=Scripted(moves=(Move(8, 8, True),)))
+        for compared, following in zip(objective.compared, objective.steps[1:], strict=False):
+            assert torch.equal(compared.images, following.images)
+        with torch.no_grad():
+            assert torch.equal(objective.compared[0].logits, _unfused(vit)(objective.compared[0].images))
 
     def test_what_was_made_with_more_patches_is_not_the_best(self, make_vit: Any) -> None:
-        objective = Recorded(scores=self.SCORES)
+        objective = Recorded(scores=((1.0, 1.0), (2.0, 2.0)))
         made = run(make_vit(), objective=objective, schedule=ProgressiveStop((1, 2)))
-        assert torch.equal(made.images, objective.steps[2].images)
+        assert len(objective.compared) == 2
+        assert torch.equal(made.images, objective.compared[0].images)
+        assert torch.equal(made.images, objective.steps[3].images)
 
     def test_the_last_among_equals(self, make_vit: Any) -> None:
         objective = Recorded({"total_variation": 1.0})  # of the batch, so no image is better than another
         made = run(make_vit(), objective=objective)
-        assert torch.equal(made.images, objective.steps[-1].images)
+        assert torch.equal(made.images, objective.compared[-1].images)
         assert not torch.equal(made.images, bounded(noise()))
 
 
@@ -236,7 +265,7 @@ class TestPatches:
             make_vit(),
             iterations=5,
             schedule=schedule,
-            objective=Recorded({"cross_entropy": 1.0}, scores=((9.0, 9.0),) * 4 + ((0.0, 0.0),)),
+            objective=Objective({"cross_entropy": 1.0}),
             augment=Scripted(moves=(Move(8, -16), Move(flip=True), Move(-8, 8, True))),
         )
         inside = GRID.to_pixels(GRID.mask_of(made.keep)).expand_as(made.images)
@@ -293,7 +322,7 @@ class TestPatches:
         vit.patch_embed.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].detach().clone()))
         moves = (Move(3, -2), Move(0, 5, True), Move(-7, 1), Move(2, 2, True), Move(1, 0), Move(0, 1))
         run(vit, iterations=6, objective=objective, schedule=ProgressiveStop((3,)), augment=Scripted(moves=moves))
-        # One map at the decision, and the confidence at the end.
+        # One map at the decision, and the comparison at the end.
         assert len(fed) == 6 + 2
         del fed[3]
         used = [*moves[:2], STILL, STILL, *moves[4:]]
@@ -315,6 +344,7 @@ class TestPatches:
             patches = images.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3).transpose(1, 2)
             return torch.stack([patches[b, keep[b]] for b in range(len(keep))])
 
+        # First the map that chooses, last the comparison.
         for (images, keep), step, move in zip(fed[1:-1], objective.steps, moves, strict=True):
             expected = tiles(step.images, made.keep)
             assert torch.equal(tiles(images, keep), expected.flip(-1) if move.flip else expected)

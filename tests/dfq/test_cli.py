@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import dfq
 from dfq import reference as embedded
 from dfq.cli import main
-from dfq.models import read_weights
+from dfq.weights import read_weights
 
 NOISE = ("--method", "gaussian", "-n", "8", "--device", "cpu")
 Files = dict[str, bytes]

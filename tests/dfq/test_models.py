@@ -21,13 +21,13 @@ from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageEr
 from dfq.models import (
     Model,
     Origin,
-    Preprocessing,
     check_supported,
     load_original,
-    read_weights,
     resolve_device,
     supported_names,
 )
+from dfq.preprocessing import Preprocessing
+from dfq.weights import read_weights
 
 VIT = "vit_tiny_patch16_224"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

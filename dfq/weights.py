@@ -1,0 +1,93 @@
+"""Weights from files: read without executing anything, checked, and told apart.
+
+safetensors, or `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dfq.errors import CheckpointError
+
+# Where training code puts the weights inside a checkpoint; averaged weights first, as timm does.
+_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """A state dict from a safetensors file or a PyTorch checkpoint, in float32.
+
+    Raises CheckpointError where the file is missing, damaged, holds no weights, or wants to run code.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"there is no checkpoint file {file}")
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error})") from error
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise CheckpointError(
+                f"{file} holds more than weights, and loading it could run code; it was not loaded. Save "
+                "`model.state_dict()` to safetensors and give that"
+            ) from error
+        raise CheckpointError(f"{file} is neither safetensors nor a PyTorch checkpoint") from error
+    # torch.load tells of a broken archive in all these ways.
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} is damaged, or no checkpoint at all ({reason})") from error
+    for key in _STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{file} holds no state dict (a mapping from parameter names to tensors)")
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], name: str, file: Path | str) -> None:
+    """`load_state_dict`; raises CheckpointError with what does not fit, in a sentence."""
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state]
+    surplus = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if missing or surplus or reshaped:
+        found = [
+            f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for kind, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", reshaped))
+            if keys
+        ]
+        raise CheckpointError(f"{file} is not a checkpoint of {name}: {'; '.join(found)}")
+    module.load_state_dict(state)
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise CheckpointError where a weight is not a finite number."""
+    broken = [key for key, value in module.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"the weights of {name} hold NaN or infinite values in {', '.join(broken[:3])}")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names and values of all weights: the same for the same model, whatever file it came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
