@@ -86,22 +86,9 @@ def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    import dfq
-
     _plan(arguments)
     model = _model(arguments)
-    made = dfq.generate(
-        model,
-        arguments.method,
-        arguments.num_images,
-        iterations=arguments.iterations,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        precision=arguments.precision,
-        out=arguments.out,
-        overwrite=arguments.overwrite,
-        progress=not arguments.quiet,
-    )
+    made = _generated(arguments, model, arguments.out)
     print(_describe_set(made))
     print(f"kept in {arguments.out}; its preview.png shows them")
 
@@ -138,22 +125,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out} already holds this model; nothing to do")
     else:
         if images is None:
-            images = dfq.generate(
-                model,
-                arguments.method,
-                arguments.num_images,
-                iterations=arguments.iterations,
-                batch_size=arguments.batch_size,
-                seed=arguments.seed,
-                precision=arguments.precision,
-                out=arguments.out / "calibration",
-                overwrite=arguments.overwrite,
-                progress=not arguments.quiet,
-            )
+            images = _generated(arguments, model, arguments.out / "calibration")
         quantized = dfq.quantize(model, bits, calibration=images, recipe=recipe, progress=not arguments.quiet)
         dfq.save(quantized, arguments.out)
     print(
-        f"{model.name}, {bits.upper()}, recipe {recipe.name}: {len(quantized.sites)} tensors quantized, "
+        f"{quantized.describe()}: {len(quantized.sites)} tensors quantized, "
         f"{quantized.weight_bytes / 1e6:.2f} MB ({model.weight_bytes / 1e6:.2f} MB in float32)"
     )
     print(f"kept in {arguments.out}; measure it with: dfq evaluate {arguments.out} --data-dir IMAGES --baseline")
@@ -206,6 +182,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=getattr(model, "calibration", {}).get("run", {}).get("seed"),
         progress=not arguments.quiet,
     )
+    if is_quantized_model(target):
+        print(model.describe())
     print(result.table())
     if arguments.json is not None:
         from calibration.files import write_json
@@ -287,6 +265,23 @@ def _baseline_of(quantized: Any, arguments: argparse.Namespace) -> Model:
 
     return load_original(
         quantized.origin, quantized.preprocessing, checkpoint=arguments.checkpoint, device=arguments.device
+    )
+
+
+def _generated(arguments: argparse.Namespace, model: Model, out: Path) -> CalibrationSet:
+    import dfq
+
+    return dfq.generate(
+        model,
+        arguments.method,
+        arguments.num_images,
+        iterations=arguments.iterations,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        precision=arguments.precision,
+        out=out,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
     )
 
 

@@ -57,11 +57,20 @@ def generate(
     check_supported(model.name, model.module)
     mean, std = model.preprocessing.mean, model.preprocessing.std
     run = describe_run(model, plan)
+    schedule = calibration.METHODS[method].schedule
+    beyond = [] if schedule is None else [at for at in schedule.decisions if at >= iterations]
+    if beyond:
+        log.warning(
+            "%s stops patches at iterations up to %d, and %d are asked for: more patches stay than published",
+            method,
+            beyond[-1],
+            iterations,
+        )
     folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite)
 
     started = time.monotonic()
     # One bar for the whole run: what is left is what a person wants to know.
-    total = len(plan.batches) * (iterations if calibration.METHODS[method].schedule is not None else 1)
+    total = len(plan.batches) * (iterations if schedule is not None else 1)
     with tqdm(total=total, desc=method, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
 
         def on_step(batch: int, step: Progress) -> None:

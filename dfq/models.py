@@ -51,13 +51,12 @@ class Origin:
 
 
 @dataclass
-class Model:
-    """A full-precision Vision Transformer with all that is needed to use it. `model(images)` gives logits [B, C]."""
+class Network:
+    """What full-precision and quantized models share. `network(images)` gives logits [B, C]."""
 
     module: VisionTransformer
     preprocessing: Preprocessing
     origin: Origin
-    bits: str = "fp32"
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W], normalised -> logits [B, C]."""
@@ -74,23 +73,26 @@ class Model:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        return class_names_of(self.origin.architecture, self.num_classes)
+        """Folder names of the classes, in the order of the logits, where they are known."""
+        if self.origin.architecture == REFERENCE:
+            return reference.CLASS_NAMES
+        return datasets.imagenet_wordnet_ids() if self.num_classes == 1000 else None
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.module.parameters()).device
         return device
 
+
+@dataclass
+class Model(Network):
+    """A full-precision Vision Transformer with all that is needed to use it."""
+
+    bits: str = "fp32"
+
     @property
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
-
-
-def class_names_of(architecture: str, num_classes: int) -> tuple[str, ...] | None:
-    """Folder names of the classes, in the order of the logits, where they are known."""
-    if architecture == REFERENCE:
-        return reference.CLASS_NAMES
-    return datasets.imagenet_wordnet_ids() if num_classes == 1000 else None
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from calibration import CalibrationSet, load_calibration_set
 from dfq.errors import DfqError
-from dfq.models import Model, Origin, check_supported, class_names_of
-from dfq.preprocessing import Preprocessing
+from dfq.models import Model, Network, check_supported
 from dfq.ptq import capture
 from dfq.ptq.capture import Extremes, MeanSquare, Sample
 from dfq.ptq.modules import QuantizedLayer, adapt, quantize_parameter
@@ -30,42 +29,23 @@ log = logging.getLogger("dfq")
 
 
 @dataclass
-class QuantizedModel:
-    """A quantized ViT. `model(images)` gives logits [B, C], computed by fake quantization.
+class QuantizedModel(Network):
+    """A quantized ViT, computed by fake quantization.
 
-    module: the adapted timm model; sites: the fitted quantizer of every site, by name; calibration: how the images
-    it was calibrated on were made.
+    module: the adapted timm model; bits: of the run, `w4a8`; sites: the fitted quantizer of every site, by name;
+    calibration: how the images it was calibrated on were made.
     """
 
-    module: VisionTransformer
-    preprocessing: Preprocessing
-    origin: Origin
     bits: str
     recipe: Recipe
     sites: dict[str, Quantizer]
     calibration: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W], normalised -> logits [B, C]."""
-        logits: Tensor = self.module(images)
-        return logits
-
-    @property
-    def name(self) -> str:
-        return self.origin.name
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.module.num_classes)
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return class_names_of(self.origin.architecture, self.num_classes)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.module.parameters()).device
-        return device
+    def describe(self) -> str:
+        """One line for people."""
+        ends = self.recipe.first_last_bits
+        exception = "" if ends is None else f", patch embedding and classifier at {ends} bits"
+        return f"{self.name}, {self.bits.upper()}, recipe {self.recipe.name}{exception}"
 
     @property
     def weight_bytes(self) -> int:

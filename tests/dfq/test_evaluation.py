@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 import dfq
 from dfq.errors import DfqError, UsageError
-from dfq.evaluation import Evaluation, evaluate, mcnemar_p, paired_drop, sqnr_db, wilson_interval
+from dfq.evaluation import Evaluation, evaluate
+from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

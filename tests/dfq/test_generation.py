@@ -111,3 +111,14 @@ def test_mistakes_leave_no_folder(reference: Model, tmp_path: Path) -> None:
 def test_nothing_is_printed_without_progress(reference: Model, capsys: pytest.CaptureFixture[str]) -> None:
     made(reference)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("iterations", "told"), [(300, True), (301, False)])
+def test_a_budget_that_ends_before_the_last_stop_is_told(
+    iterations: int, told: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dfq.load_model("reference")
+    monkeypatch.setattr("calibration.generate", lambda *_, **__: [None])  # the images are not the matter here
+    with caplog.at_level("WARNING", "dfq"):
+        dfq.generate(model, "smi", 1, iterations=iterations)
+    assert ("more patches stay than published" in caplog.text) is told

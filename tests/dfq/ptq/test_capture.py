@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfq.models import Model
 from dfq.ptq import capture
-from dfq.ptq.capture import Extremes, Sample
+from dfq.ptq.capture import Extremes, MeanSquare, Sample
 
 
 def test_extremes_of_tokens_are_kept_per_channel() -> None:
@@ -143,3 +143,13 @@ def test_the_stem_leaves_the_model_as_it_was(tiny: Callable[..., Model]) -> None
         capture.stem(module, torch.zeros(1, 3, 32, 32), torch.tensor([[0]]))
     assert module.patch_drop is slot
     assert not module.blocks._forward_pre_hooks
+
+
+def test_mean_square_by_hand() -> None:
+    recorder = MeanSquare()
+    recorder.add(torch.tensor([[[1.0, 0.0], [2.0, 4.0]]]))  # one image, two tokens, two channels
+    recorder.add(torch.tensor([[[4.0, 0.0]]]))
+    assert recorder.values().tolist() == pytest.approx([(1 + 4 + 16) / 3, 16 / 3])
+    colours = MeanSquare()
+    colours.add(torch.stack([torch.full((3, 2), 2.0), torch.full((3, 2), 3.0)])[None])  # [1, 2 colours, 3, 2]
+    assert colours.values().tolist() == [4.0, 9.0]

@@ -383,3 +383,47 @@ def test_nothing_is_printed_without_progress(
         dfq.quantize(reference, "w8a8", calibration=noise, progress=False)
     assert capsys.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_output_mse_weighs_an_error_by_the_mean_square_of_its_input(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """Of every row of weights the range makes sum E[x_i^2] (w_i - w^_i)^2 smallest, x the inputs of timm's layer."""
+    model, images = tiny(), images_for(mask=torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.6)
+    recipe = recipe_from_dict(
+        {"weights": {"symmetric": True, "granularity": "channel", "range": "output_mse"}}, name="test", where="test"
+    )
+    quantized = dfq.quantize(model, "w3a8", calibration=images, recipe=recipe, batch_size=2, progress=False)
+
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    names = ("patch_embed.proj", "blocks.1.attn.qkv", "blocks.1.mlp.fc2", "head")
+    for name in names:
+        module = model.module.get_submodule(name)
+        module.register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0].detach()))
+    for image, patches in zip(images.images, images.mask, strict=True):
+        pixels = normalised(image) * patches.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        run_sparsely(model.module, pixels, patches.flatten().nonzero()[:, 0].tolist())
+
+    for name in names:
+        weight = model.module.get_submodule(name).weight.double()
+        if weight.dim() == 4:
+            mean_square = torch.cat(seen[name]).double().square().mean((0, 2, 3))
+            counts = mean_square[None, :, None, None].expand_as(weight).flatten(1).numpy()
+        else:
+            rows = torch.cat([x.flatten(0, -2) if x.dim() > 1 else x[None] for x in seen[name]]).double()
+            counts = rows.square().mean(0).expand_as(weight).numpy()
+        w = weight.flatten(1).numpy()
+
+        def error(scale: np.ndarray, w: np.ndarray = w, counts: np.ndarray = counts) -> np.ndarray:
+            rounded = np.clip(np.round(w / scale[:, None]), -4, 3) * scale[:, None]
+            return np.asarray((counts * (w - rounded) ** 2).sum(1))
+
+        largest = np.abs(w).max(1)
+        best = np.min([error(largest * factor / 3) for factor in np.linspace(1.0, 0.02, 100)], axis=0)
+        scale = quantized.sites[f"{name}.weight"].tensors()["scale"].double().numpy()
+        np.testing.assert_allclose(error(scale), best, rtol=1e-3)
+
+
+def test_output_mse_is_for_weights() -> None:
+    with pytest.raises(dfq.DfqError, match="range 'output_mse' is for weights; activations have 'mse'"):
+        recipe_from_dict({"activations": {"range": "output_mse"}}, name="test", where="test")
