@@ -11,9 +11,8 @@ from torch import Tensor
 
 from calibration.calibration_set import CalibrationSet, to_pixels
 from calibration.errors import DfqError
+from calibration.pictures import IMAGE_EXTENSIONS, images_below, read_image
 from calibration.tokens import PatchGrid
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def gaussian_noise(count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -39,19 +38,19 @@ def real_images(
     folder = Path(root)
     if not folder.is_dir():
         raise DfqError(f"there is no folder {folder} to take calibration images from")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = images_below(folder)
     if num_images < 1:
         raise DfqError(f"num_images must be at least 1, not {num_images}")
     if len(paths) < num_images:
         raise DfqError(
-            f"{folder} holds {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}), and {num_images} are wanted: "
+            f"{folder} holds {len(paths)} images ({', '.join(IMAGE_EXTENSIONS)}), and {num_images} are wanted: "
             "lower --num-images or give another folder"
         )
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [paths[index] for index in sorted(order[:num_images])]
     images = []
     for path in chosen:
-        image = _read(path, transform)
+        image = transform(read_image(path))
         if image.shape != (3, *grid.image_size):
             raise DfqError(f"the transform makes {path} {tuple(image.shape)}, the model takes {(3, *grid.image_size)}")
         images.append(to_pixels(image.unsqueeze(0), mean, std))
@@ -71,12 +70,3 @@ def real_images(
             "std": list(std),
         },
     )
-
-
-def _read(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return transform(image.convert("RGB"))
-    # Pillow raises SyntaxError for some broken PNG files, and its own class for images too large to be honest.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DfqError(f"cannot read the image {path}: {error}") from error

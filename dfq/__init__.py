@@ -15,11 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calibration import CalibrationSet, load_calibration_set, real_images
+    from calibration import CalibrationSet, load_calibration_set
     from dfq.checkpoint import load, save
     from dfq.errors import DfqError
     from dfq.evaluation import Evaluation, evaluate
-    from dfq.generation import generate
+    from dfq.generation import generate, real_images
     from dfq.models import Model, load_model
     from dfq.preprocessing import Preprocessing
     from dfq.ptq.engine import QuantizedModel, quantize
@@ -44,7 +44,7 @@ _HOMES = {
     "load_model": "dfq.models",
     "load_recipe": "dfq.recipe",
     "quantize": "dfq.ptq.engine",
-    "real_images": "calibration",
+    "real_images": "dfq.generation",
     "save": "dfq.checkpoint",
 }
 

@@ -287,21 +287,11 @@ def _generated(arguments: argparse.Namespace, model: Model, out: Path) -> Calibr
 
 def _given_images(arguments: argparse.Namespace, model: Model) -> CalibrationSet | None:
     import dfq
-    from calibration.tokens import PatchGrid
 
     if arguments.calibration is not None:
         return dfq.load_calibration_set(arguments.calibration)
     if arguments.calibration_images is not None:
-        preprocessing = model.preprocessing
-        return dfq.real_images(
-            arguments.calibration_images,
-            PatchGrid.of(model.module),
-            preprocessing.transform(),
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            num_images=arguments.num_images,
-            seed=arguments.seed,
-        )
+        return dfq.real_images(model, arguments.calibration_images, arguments.num_images, seed=arguments.seed)
     return None
 
 

@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import timm.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from calibration.pictures import IMAGE_EXTENSIONS, images_below, is_image, read_image, reason
 from dfq import reference
 from dfq.errors import DfqError
 
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File name endings taken for images, in lower case; upper case is understood too."""
-
 _EXTENSIONS_SAID = ", ".join(IMAGE_EXTENSIONS)
 _TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-_DEEP_MODES = ("I", "F")
 
 _log = logging.getLogger("dfq")
 
@@ -50,16 +47,6 @@ class Labelled(Protocol):
     def class_names(self) -> tuple[str, ...] | None: ...
 
 
-class ImageFileError(DfqError):
-    """A picture that cannot be used. The message is one sentence, also when it comes from a worker of a DataLoader."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's exception anew, as type(error)(text of the whole traceback); its last line
-        # is "dfq.datasets.ImageFileError: " and the message given first.
-        _, mark, last_line = message.partition(f"\n{type(self).__module__}.{type(self).__qualname__}: ")
-        super().__init__(last_line.rstrip() if mark else message)
-
-
 class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Pictures read from files, with their labels; made by `image_folder`.
 
@@ -75,7 +62,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(_read_image(path)), label
+        return self.transform(read_image(path)), label
 
 
 def image_folder(root: str | os.PathLike[str], model: Labelled) -> ImageFolder:
@@ -92,7 +79,7 @@ def image_folder(root: str | os.PathLike[str], model: Labelled) -> ImageFolder:
     root = Path(root)
     folders = _class_folders(root)
     labels = _labels_of([folder.name for folder in folders], root, model)
-    samples = [(path, label) for folder, label in zip(folders, labels, strict=True) for path in _images_below(folder)]
+    samples = [(path, label) for folder, label in zip(folders, labels, strict=True) for path in images_below(folder)]
     if not samples:
         raise DfqError(
             f"there are no images in the class folders of {root}; put files there that end in {_EXTENSIONS_SAID}"
@@ -120,7 +107,7 @@ def timm_dataset(name: str, root: str | os.PathLike[str] | None, split: str, mod
     # Behind create_dataset stand half a dozen libraries, each with exceptions of its own, AssertionError among them.
     except Exception as error:
         raise DfqError(
-            f"timm cannot open the dataset {name!r}, split {split!r}, in {root}: {_reason(error)}; "
+            f"timm cannot open the dataset {name!r}, split {split!r}, in {root}: {reason(error)}; "
             "check the name, the split, the data directory, and that the library behind that prefix is installed"
         ) from error
     dataset.transform = _ToRgb(model.preprocessing.transform())
@@ -172,50 +159,6 @@ class _ToRgb:
         return self.transform(picture.convert("RGB"))
 
 
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            # Pillow clips these to 255 instead of scaling them: the picture would come out white.
-            if picture.mode.startswith(_DEEP_MODES):
-                raise ValueError(f"its pixels have more than 8 bits (mode {picture.mode})")
-            return picture.convert("RGB")
-    # What a decoder raises on a damaged file depends on the format: OSError, SyntaxError, struct.error, zlib.error, ...
-    except Exception as error:
-        raise ImageFileError(
-            f"cannot read the image {path}: {_reason(error)}; replace it by an 8-bit picture that opens, or remove it"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    """What an exception says, on one line and without a full stop, to stand inside a sentence."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is in no known image format"
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()).rstrip(".") or type(error).__name__
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _images_below(folder: Path) -> list[Path]:
-    found = []
-    try:
-        # os.walk passes over what it may not list unless told otherwise: images would be missing without a word.
-        for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [Path(parent, name) for name in files if _is_image(name)]
-    except OSError as error:
-        raise DfqError(
-            f"cannot list the folder {error.filename or folder}: {_reason(error)}; check its access rights"
-        ) from None
-    return sorted(found)
-
-
 def _class_folders(root: Path) -> list[Path]:
     """The folders in `root`, sorted by name; at least one."""
     try:
@@ -225,9 +168,9 @@ def _class_folders(root: Path) -> list[Path]:
     except NotADirectoryError:
         raise DfqError(f"{root} is a file; give a folder that holds a folder of images per class") from None
     except OSError as error:
-        raise DfqError(f"cannot list the folder {root}: {_reason(error)}; check its access rights") from None
+        raise DfqError(f"cannot list the folder {root}: {reason(error)}; check its access rights") from None
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    loose = [entry for entry in entries if _is_image(entry.name) and entry.is_file()]
+    loose = [entry for entry in entries if is_image(entry.name) and entry.is_file()]
     if not folders and loose:
         raise DfqError(
             f"{root} holds {len(loose)} images but no class folders; put the images of each class into a folder named "

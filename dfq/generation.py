@@ -87,3 +87,20 @@ def generate(
         )
     log.info("%s: %d images in %.1f s", method, len(made), time.monotonic() - started)
     return made
+
+
+def real_images(model: Model, folder: Path | str, num_images: int = 32, *, seed: int = 0) -> CalibrationSet:
+    """A calibration set of real images instead, with the model's own preprocessing.
+
+    `num_images` are drawn by `seed` from all that lie in or below `folder`; their labels are not looked at.
+    Raises DfqError where the folder is missing, holds too few images, or one cannot be read.
+    """
+    return calibration.real_images(
+        folder,
+        PatchGrid.of(model.module),
+        model.preprocessing.transform(),
+        mean=model.preprocessing.mean,
+        std=model.preprocessing.std,
+        num_images=num_images,
+        seed=seed,
+    )

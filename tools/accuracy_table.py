@@ -4,7 +4,8 @@
         --model deit_tiny_patch16_224=deit_tiny.safetensors --model vit_tiny_patch16_224=vit_tiny.safetensors
 
 Every cell is one line of JSON in --results, with seed, versions and seconds; cells that are there are not made again,
-so a run that was stopped goes on. --markdown writes the tables of all lines in the file, and makes nothing.
+so a run that was stopped goes on. --markdown makes nothing and prints the tables of all lines in the file;
+--write FILE.md puts them into a page, between `<!-- tables: RESULTS.jsonl -->` and `<!-- end -->`.
 The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves).
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import dfq
-from calibration.tokens import PatchGrid
 from dfq.datasets import image_folder
 
 SOURCES = ("real", "smi", "dense", "gaussian")
@@ -51,6 +52,10 @@ def main() -> None:
     lines = read_lines(arguments.results)
     if arguments.markdown:
         print(to_markdown(lines))
+        return
+    if arguments.write:
+        page = arguments.write.read_text()
+        arguments.write.write_text(with_tables(page, arguments.results.name, lines))
         return
     done = {key_of(line) for line in lines}
     for entry in arguments.model:
@@ -98,17 +103,8 @@ def main() -> None:
 def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The set for a row, and how long it took when it was made."""
     if source == "real":
-        preprocessing = model.preprocessing
         folder = arguments.calibration_images or arguments.images
-        real = dfq.real_images(
-            folder,
-            PatchGrid.of(model.module),
-            preprocessing.transform(),
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            num_images=arguments.num_images,
-            seed=arguments.seed,
-        )
+        real = dfq.real_images(model, folder, arguments.num_images, seed=arguments.seed)
         return real, {"iterations": 0, "generate_seconds": 0.0}
     iterations = {"smi": arguments.smi_iterations, "dense": arguments.dense_iterations}.get(source, 1)
     out = arguments.results.parent / f"{model.name}-{source}-{iterations}-seed{arguments.seed}"
@@ -163,15 +159,14 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
         columns = list(dict.fromkeys((line["bits"], line["recipe"]) for line in own))
-        columns.sort(key=lambda column: (column[1], -int(column[0][1]), column[0]))
+        columns.sort(key=lambda column: (column[1], [-int(width) for width in re.findall(r"\d+", column[0])]))
         first = own[0]
         blocks.append(
             f"**{model}**: full precision {first['baseline_top1']:.1f} % on {first['num_images']} images. "
             "Drop in points [95 % interval]; agreement with full precision.\n"
         )
-        blocks.append(
-            "| calibration | s | " + " | ".join(f"{bits.upper()} `{recipe}`" for bits, recipe in columns) + " |"
-        )
+        names = [f"{bits.upper()} `{Path(recipe).stem}`" for bits, recipe in columns]
+        blocks.append(f"| calibration | s | {' | '.join(names)} |")
         blocks.append("|---" * (len(columns) + 2) + "|")
         for source in dict.fromkeys(line["source"] for line in own):
             row = {(line["bits"], line["recipe"]): line for line in own if line["source"] == source}
@@ -186,6 +181,16 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
             + ".\n"
         )
     return "\n".join(blocks)
+
+
+def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
+    """`page` with what stands between the marks for the results file `name` replaced by its tables."""
+    mark, end = f"<!-- tables: {name} -->\n", "<!-- end -->"
+    before, found, rest = page.partition(mark)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"the page lacks the marks {mark.strip()} and {end}")
+    return f"{before}{mark}\n{to_markdown(lines)}\n{end}{after}"
 
 
 def cell_text(line: dict[str, Any] | None) -> str:
@@ -209,9 +214,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dense-iterations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
     arguments = parser.parse_args()
-    if not arguments.markdown and not (arguments.model and arguments.images):
-        parser.error("give --model and --images, or --markdown")
+    if not (arguments.markdown or arguments.write) and not (arguments.model and arguments.images):
+        parser.error("give --model and --images, or --markdown, or --write")
     return arguments
 
 

@@ -8,7 +8,6 @@ import pytest
 from torch import Tensor
 
 import dfq
-from calibration.tokens import PatchGrid
 from dfq.datasets import ImageFolder, image_folder
 from dfq.evaluation import evaluate
 from dfq.models import Model
@@ -48,15 +47,7 @@ def test_full_precision_knows_photographs(deit: Model, photographs: list[tuple[T
 
 
 def test_w8a8_agrees_with_full_precision(deit: Model, photographs: list[tuple[Tensor, int]]) -> None:
-    calibration = dfq.real_images(
-        PHOTOGRAPHS,
-        PatchGrid.of(deit.module),
-        deit.preprocessing.transform(),
-        mean=deit.preprocessing.mean,
-        std=deit.preprocessing.std,
-        num_images=4,
-        seed=0,
-    )
+    calibration = dfq.real_images(deit, PHOTOGRAPHS, 4)
     quantized = dfq.quantize(deit, "w8a8", calibration=calibration, progress=False)
     result = evaluate(quantized, photographs, baseline=deit, batch_size=20, progress=False)
     assert result.comparison is not None

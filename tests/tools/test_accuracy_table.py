@@ -1,0 +1,79 @@
+"""The table tool: its Markdown, and that the published page says what the published lines say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("accuracy_table", ROOT / "tools" / "accuracy_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    content = {
+        "model": "vit",
+        "source": "smi",
+        "recipe": "paper",
+        "bits": "w8a8",
+        "seed": 0,
+        "num_images": 100,
+        "baseline_top1": 80.0,
+        "drop": 1.0,
+        "drop_ci95": [-0.5, 2.5],
+        "agreement": 95.0,
+        "iterations": 500,
+        "generate_seconds": 61.4,
+        "quantize_seconds": 3.0,
+        "machine": "a machine",
+        "versions": {"dfq": "0"},
+    }
+    return content | changes
+
+
+def test_rows_are_sources_and_columns_recipes_and_bits(tool: Any) -> None:
+    lines = [
+        line(),
+        line(bits="w4a8", drop=4.0, recipe="folder/mine.toml"),
+        line(source="real", iterations=0, generate_seconds=0.0, drop=0.04),
+    ]
+    table = [row for row in tool.to_markdown(lines).splitlines() if row.startswith("|")]
+    assert table == [
+        "| calibration | s | W4A8 `mine` | W8A8 `paper` |",
+        "|---|---|---|---|",
+        "| smi, 500 iterations | 61 | 4.0 [-0.5, 2.5]; 95.0 % | 1.0 [-0.5, 2.5]; 95.0 % |",
+        "| real | 0 | - | 0.0 [-0.5, 2.5]; 95.0 % |",
+    ]
+
+
+def test_tables_replace_what_stands_between_the_marks(tool: Any) -> None:
+    page = "a\n<!-- tables: r.jsonl -->\nold\n<!-- end -->\nb\n"
+    written = tool.with_tables(page, "r.jsonl", [line()])
+    assert written.startswith("a\n<!-- tables: r.jsonl -->\n")
+    assert written.endswith("<!-- end -->\nb\n")
+    assert "old" not in written
+    assert tool.with_tables(written, "r.jsonl", [line()]) == written
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        tool.with_tables("no marks", "r.jsonl", [line()])
+
+
+def test_the_page_of_results_is_made_from_its_lines(tool: Any) -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    names = re.findall(r"<!-- tables: (\S+) -->", page)
+    assert names
+    for name in names:
+        lines = [json.loads(text) for text in (ROOT / "docs" / name).read_text().splitlines()]
+        assert tool.with_tables(page, name, lines) == page
