@@ -38,7 +38,13 @@ def demo(out: Path, *, progress: bool = True) -> str:
         save(quantized, out / bits)
         results.append(evaluate(quantized, digits, baseline=model, progress=progress))
     return "\n".join(
-        [*_table(model, results), "", *_where(out), "", f"{time.monotonic() - started:.0f} s, no real image used."]
+        [
+            *_table(model, results),
+            "",
+            *_where(out),
+            "",
+            f"{time.monotonic() - started:.0f} s; the quantizer saw no real image.",
+        ]
     )
 
 
@@ -62,12 +68,13 @@ def _table(model: Model, results: list[Evaluation]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     title = f"A small ViT that reads handwritten digits, on {first.num_images} digits it was not trained on:"
-    return [title, "", lines[0], "-" * len(lines[0]), *lines[1:]]
+    ends = "Patch embedding and classifier have 8 bits in all of them."
+    return [title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", ends]
 
 
 def _where(out: Path) -> list[str]:
     return [
-        f"{out / 'calibration' / 'preview.png'}   the images the model dreamt up; look at them",
+        f"{out / 'calibration' / 'preview.png'}   what the model sees in itself: the patches that survived",
         f"{out / 'calibration'}/   the calibration set",
         *(f"{out / bits}/   the {bits.upper()} model: model.safetensors, {CONFIG}" for bits in BITS),
     ]

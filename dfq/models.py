@@ -169,7 +169,7 @@ def _check_known(name: str) -> None:
             raise DfqError(f"timm knows {base}, but not with the weights {name!r}; it has {', '.join(tags) or 'none'}")
         return
     # Vision Transformers first: of two names as near, that is the one meant here.
-    near = difflib.get_close_matches(base, timm.list_models(["vit_*", "deit*"]), n=3)
+    near = difflib.get_close_matches(base, [REFERENCE, *timm.list_models(["vit_*", "deit*"])], n=3)
     near = near or difflib.get_close_matches(base, timm.list_models(), n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "`dfq list models` shows the names"
     raise DfqError(f"timm knows no model {name!r}; {hint}")

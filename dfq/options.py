@@ -115,7 +115,7 @@ def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> N
 
 def _generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="smi", metavar="NAME", help="see `dfq list methods` (%(default)s)")
-    command.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="(%(default)s)")
+    command.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="how many (%(default)s)")
     command.add_argument(
         "--iterations", type=_positive, default=500, metavar="N", help="of inversion; published: 4000 (%(default)s)"
     )

@@ -30,7 +30,7 @@ def test_the_demonstration_measures_three_models_and_keeps_them(
     assert size["fp32"] == pytest.approx(dfq.load_model("reference").weight_bytes / 1000, abs=1)
     assert size["fp32"] / 4 < size["W8A8"] < size["fp32"] / 3
     assert size["fp32"] / 8 < size["W4A8"] < size["fp32"] / 5
-    assert lines[-1].endswith("no real image used.")
+    assert lines[-1].endswith("the quantizer saw no real image.")
     assert (out / "calibration" / "preview.png").is_file()
     for bits in ("w8a8", "w4a8", "w4a4"):
         assert dfq.load(out / bits).bits == bits
