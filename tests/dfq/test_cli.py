@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -460,14 +459,11 @@ def test_help_does_not_wait_for_torch() -> None:
         "import sys\nfrom dfq.cli import main\ntry:\n    main(['quantize', '--help'])\n"
         "finally:\n    print('torch' in sys.modules, 'timm' in sys.modules)"
     )
-    started = time.monotonic()
     done = python("-c", program)
     assert done.stdout.startswith("usage: dfq quantize ")
     assert "example: dfq quantize" in done.stdout
     assert done.stdout.endswith("False False\n")
     assert done.stderr == ""
-    # Importing torch alone takes longer than that, on any machine that is not idle.
-    assert time.monotonic() - started < 5
 
 
 def test_a_reader_that_goes_away_is_no_failure() -> None:

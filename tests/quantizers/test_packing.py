@@ -18,7 +18,7 @@ def numpy_pack(values: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream.astype(np.uint8).ravel(), bitorder="little")
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), st.integers(2, 8), st.booleans(), st.integers(0, 40))
 def test_packing_agrees_with_numpy_and_comes_back(data: st.DataObject, bits: int, signed: bool, count: int) -> None:
     lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantizers import TwinUniformQuantizer, UniformQuantizer, build, twin_uniform
 
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 Split = Literal["magnitude", "sign"]
 
 

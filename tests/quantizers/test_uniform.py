@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantizers import MSE, Granularity, MinMax, PerAxis, Percentile, PerTensor, RangeSearch, UniformQuantizer
 
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 
 
 @st.composite
