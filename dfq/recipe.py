@@ -63,9 +63,10 @@ def parse_bits(text: str) -> Bits:
 class SiteSettings:
     """How one tensor is quantized.
 
-    bits: None for those of the run; granularity: tensor, channel or head; range: minmax, percentile or mse, or for
-    weights output_mse, which counts the squared error of each weight by the mean square of its input; percent: of the
-    percentile range; split: of a twin-uniform quantizer, magnitude (softmax) or sign (GELU).
+    bits: None for those of the run; granularity: tensor, channel or head; range: minmax, percentile or mse; for
+    activations also token_mse, which counts the squared error of each token relative to the token's own square, and for
+    weights output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
+    the percentile range; split: of a twin-uniform quantizer, magnitude (softmax) or sign (GELU).
     """
 
     quantize: bool = True
@@ -73,7 +74,7 @@ class SiteSettings:
     quantizer: Literal["uniform", "twin_uniform"] = "uniform"
     symmetric: bool = False
     granularity: Literal["tensor", "channel", "head"] = "tensor"
-    range: Literal["minmax", "percentile", "mse", "output_mse"] = "minmax"
+    range: Literal["minmax", "percentile", "mse", "token_mse", "output_mse"] = "minmax"
     percent: float | None = None
     split: Literal["magnitude", "sign"] | None = None
 
@@ -104,9 +105,10 @@ class SiteSettings:
                 )
             granularity = PerAxis(axes[self.granularity])
         parameters = {} if self.percent is None else {"percent": self.percent}
-        if self.needs_importance and not is_weight:
-            raise ValueError("range 'output_mse' is for weights; activations have 'mse'")
-        search: RangeSearch = range_search("mse" if self.needs_importance else self.range, **parameters)
+        if self.range == ("token_mse" if is_weight else "output_mse"):
+            raise ValueError(f"range {self.range!r} is not for {'weights' if is_weight else 'activations'}")
+        # Both weighted searches are the plain one, told how much each error counts.
+        search: RangeSearch = range_search(self.range.removeprefix("token_").removeprefix("output_"), **parameters)
         return UniformQuantizer(bits, symmetric=self.symmetric, granularity=granularity, search=search)
 
 
@@ -214,7 +216,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "quantizer": ("uniform", "twin_uniform"),
     "symmetric": (True, False),
     "granularity": ("tensor", "channel", "head"),
-    "range": ("minmax", "percentile", "mse", "output_mse"),
+    "range": ("minmax", "percentile", "mse", "token_mse", "output_mse"),
     "split": ("magnitude", "sign"),
     "bits": tuple(range(2, 9)),
     "first_last_bits": tuple(range(2, 9)),

@@ -73,19 +73,24 @@ class Sample:
         return torch.cat(self._rows)
 
 
-class MeanSquare:
-    """Mean square of each input channel of a layer: what an error in the weights of that channel counts by."""
+class InputImportance:
+    """How much an error in the weights of each input channel counts: the mean square of that channel.
+
+    Every token is first divided by its root mean square, so that massive activations, a few tokens hundreds of times
+    larger than the others, do not decide alone.
+    """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
 
     def add(self, x: Tensor) -> None:
-        # A linear takes [..., C], the patch embedding's convolution [B, C, H, W].
-        axis = 1 if x.dim() == 4 else x.dim() - 1
-        squares = x.square().sum([other for other in range(x.dim()) if other != axis])
-        self._sum = squares if self._sum is None else self._sum + squares
-        self._count += x.numel() // x.shape[axis]
+        # A linear takes [..., C]; the patch embedding's convolution [B, C, H, W], which has no tokens yet.
+        squares = x.square().movedim(1, -1) if x.dim() == 4 else x.square() * relative_to_token(x)
+        squares = squares.flatten(0, -2)
+        total = squares.sum(0)
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += len(squares)
 
     def values(self) -> Tensor:
         """[C]"""
@@ -94,7 +99,13 @@ class MeanSquare:
         return self._sum / self._count
 
 
-Recorder = Extremes | Sample | MeanSquare
+def relative_to_token(x: Tensor) -> Tensor:
+    """x: [..., C] -> [..., 1]: one over the mean square of each token, by which every token counts alike."""
+    squares = x.square().mean(-1, keepdim=True)
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny).reciprocal()
+
+
+Recorder = Extremes | Sample | InputImportance
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from calibration import CalibrationSet, load_calibration_set
 from dfq.errors import DfqError
 from dfq.models import Model, Network, check_supported
 from dfq.ptq import capture
-from dfq.ptq.capture import Extremes, MeanSquare, Sample
+from dfq.ptq.capture import Extremes, InputImportance, Sample
 from dfq.ptq.modules import QuantizedLayer, adapt, quantize_parameter
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite, plan_sites
 from dfq.recipe import Bits, Recipe, load_recipe, parse_bits
@@ -184,7 +184,7 @@ class _StageFitter:
         """prefix: of a block's sites; "" for those before the blocks, None for those after."""
         recorders = {name: self._recorder(p) for name, p in _of_stage(self._activations, prefix).items()}
         weighed = {name: p for name, p in _of_stage(self._weights, prefix).items() if p.settings.needs_importance}
-        squares = {name: MeanSquare() for name in weighed}
+        squares = {name: InputImportance() for name in weighed}
         inputs_of = {self._module.get_submodule(p.site.owner).input: squares[name] for name, p in weighed.items()}
         slots = {self._module.get_submodule(name): name for name in recorders}
         with (
@@ -199,7 +199,9 @@ class _StageFitter:
             if name == PATCH_TOKENS:
                 tokens = [values, *_joined_tokens(self._module)]
                 values = torch.cat([token.flatten(0, -2) for token in tokens])
-            self._quantizers[name] = _fit(self._activations[name], values)
+            planned = self._activations[name]
+            counts = capture.relative_to_token(values) if planned.settings.range == "token_mse" else None
+            self._quantizers[name] = _fit(planned, values, counts)
         for name, p in weighed.items():
             # [C] against weights [out, C] of a linear or [out, C, kh, kw] of the patch embedding.
             trailing = self._module.get_submodule(p.site.owner).weight.dim() - 2

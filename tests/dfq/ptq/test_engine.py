@@ -388,7 +388,10 @@ def test_nothing_is_printed_without_progress(
 def test_output_mse_weighs_an_error_by_the_mean_square_of_its_input(
     tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
 ) -> None:
-    """Of every row of weights the range makes sum E[x_i^2] (w_i - w^_i)^2 smallest, x the inputs of timm's layer."""
+    """Of every row the range makes sum E[x_i^2] (w_i - w^_i)^2 smallest, x the inputs of timm's layer.
+
+    Tokens are of one size: each is divided by its root mean square.
+    """
     model, images = tiny(), images_for(mask=torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.6)
     recipe = recipe_from_dict(
         {"weights": {"symmetric": True, "granularity": "channel", "range": "output_mse"}}, name="test", where="test"
@@ -411,7 +414,7 @@ def test_output_mse_weighs_an_error_by_the_mean_square_of_its_input(
             counts = mean_square[None, :, None, None].expand_as(weight).flatten(1).numpy()
         else:
             rows = torch.cat([x.flatten(0, -2) if x.dim() > 1 else x[None] for x in seen[name]]).double()
-            counts = rows.square().mean(0).expand_as(weight).numpy()
+            counts = (rows.square() / rows.square().mean(1, keepdim=True)).mean(0).expand_as(weight).numpy()
         w = weight.flatten(1).numpy()
 
         def error(scale: np.ndarray, w: np.ndarray = w, counts: np.ndarray = counts) -> np.ndarray:
@@ -424,6 +427,32 @@ def test_output_mse_weighs_an_error_by_the_mean_square_of_its_input(
         np.testing.assert_allclose(error(scale), best, rtol=1e-3)
 
 
-def test_output_mse_is_for_weights() -> None:
-    with pytest.raises(dfq.DfqError, match="range 'output_mse' is for weights; activations have 'mse'"):
-        recipe_from_dict({"activations": {"range": "output_mse"}}, name="test", where="test")
+@pytest.mark.parametrize(("part", "other"), [("activations", "output_mse"), ("weights", "token_mse")])
+def test_weighted_searches_have_their_place(part: str, other: str) -> None:
+    with pytest.raises(dfq.DfqError, match=f"test, {part}: range '{other}' is not for {part}"):
+        recipe_from_dict({part: {"range": other}}, name="test", where="test")
+
+
+def test_token_mse_is_not_ruled_by_massive_tokens(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """One token a thousand times larger than the rest: squared error keeps it, the relative one keeps the rest."""
+    model = tiny()
+    model.module.blocks[1].mlp.act = _OneMassiveToken()
+    highest = {}
+    for search in ("mse", "token_mse"):
+        recipe = recipe_from_dict({"sites": {"blocks.1.mlp.fc2.input": {"range": search}}}, name="t", where="t")
+        quantized = dfq.quantize(model, "w8a4", calibration=images_for(), recipe=recipe, progress=False)
+        site = quantized.sites["blocks.1.mlp.fc2.input"].tensors()
+        highest[search] = site["scale"].item() * (15 - site["zero_point"].item())
+    assert highest["mse"] > 500
+    assert highest["token_mse"] < 25  # a fiftieth of the whole range is the narrowest that is tried
+
+
+class _OneMassiveToken(nn.Module):
+    """Values in [0, 1), but the third token of each image, which is 1000 times as large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+        values[:, 2] *= 1000
+        return values
