@@ -64,7 +64,7 @@ class SiteSettings:
     """How one tensor is quantized.
 
     bits: None for those of the run; granularity: tensor, channel or head; range: minmax, percentile or mse; for
-    activations also token_mse, which counts the squared error of each token relative to the token's own square, and for
+    activations also token_mse, which counts the squared error of each token the less the larger the token is, and for
     weights output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
     the percentile range; split: of a twin-uniform quantizer, magnitude (softmax) or sign (GELU).
     """

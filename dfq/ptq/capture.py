@@ -76,8 +76,7 @@ class Sample:
 class InputImportance:
     """How much an error in the weights of each input channel counts: the mean square of that channel.
 
-    Every token is first divided by its root mean square, so that massive activations, a few tokens hundreds of times
-    larger than the others, do not decide alone.
+    Tokens are first brought nearer to one size (`token_importance`).
     """
 
     def __init__(self) -> None:
@@ -86,7 +85,7 @@ class InputImportance:
 
     def add(self, x: Tensor) -> None:
         # A linear takes [..., C]; the patch embedding's convolution [B, C, H, W], which has no tokens yet.
-        squares = x.square().movedim(1, -1) if x.dim() == 4 else x.square() * relative_to_token(x)
+        squares = x.square().movedim(1, -1) if x.dim() == 4 else x.square() * token_importance(x)
         squares = squares.flatten(0, -2)
         total = squares.sum(0)
         self._sum = total if self._sum is None else self._sum + total
@@ -99,10 +98,15 @@ class InputImportance:
         return self._sum / self._count
 
 
-def relative_to_token(x: Tensor) -> Tensor:
-    """x: [..., C] -> [..., 1]: one over the mean square of each token, by which every token counts alike."""
+def token_importance(x: Tensor) -> Tensor:
+    """x: [..., C] -> [..., 1]: how much a squared error in each token counts, its root mean square to the power -3/2.
+
+    Power 0, the absolute error, is ruled by the few tokens with massive activations: all others are left a handful of
+    levels. Under power -2, the relative error, those few are clipped away, and the model leans on them. Where the
+    best lies in between was seen on ViT-Tiny.
+    """
     squares = x.square().mean(-1, keepdim=True)
-    return squares.clamp(min=torch.finfo(squares.dtype).tiny).reciprocal()
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny).pow(-0.75)
 
 
 Recorder = Extremes | Sample | InputImportance

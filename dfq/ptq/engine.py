@@ -200,7 +200,7 @@ class _StageFitter:
                 tokens = [values, *_joined_tokens(self._module)]
                 values = torch.cat([token.flatten(0, -2) for token in tokens])
             planned = self._activations[name]
-            counts = capture.relative_to_token(values) if planned.settings.range == "token_mse" else None
+            counts = capture.token_importance(values) if planned.settings.range == "token_mse" else None
             self._quantizers[name] = _fit(planned, values, counts)
         for name, p in weighed.items():
             # [C] against weights [out, C] of a linear or [out, C, kh, kw] of the patch embedding.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfq.models import Model
 from dfq.ptq import capture
-from dfq.ptq.capture import Extremes, InputImportance, Sample
+from dfq.ptq.capture import Extremes, InputImportance, Sample, token_importance
 
 
 def test_extremes_of_tokens_are_kept_per_channel() -> None:
@@ -147,21 +147,19 @@ def test_the_stem_leaves_the_model_as_it_was(tiny: Callable[..., Model]) -> None
 
 def test_input_importance_by_hand() -> None:
     recorder = InputImportance()
-    # Mean squares of the tokens: 1, 8, 4. Each is divided by its own: squares (2, 0), (0.5, 1.5) and (2, 0).
-    recorder.add(torch.tensor([[[2.0**0.5, 0.0], [2.0, 12.0**0.5]]]))
-    recorder.add(torch.tensor([[[8.0**0.5, 0.0]]]))
-    assert recorder.values().tolist() == pytest.approx([1.5, 0.5])
+    # Mean squares of the tokens are 1, 16 and 16, so their squares count 1, 1/8 and 1/8 times.
+    recorder.add(torch.tensor([[[2.0**0.5, 0.0], [4.0, 4.0]]]))
+    recorder.add(torch.tensor([[[32.0**0.5, 0.0]]]))
+    assert recorder.values().tolist() == pytest.approx([(2 + 2 + 4) / 3, 2 / 3])
     colours = InputImportance()
     colours.add(torch.stack([torch.full((3, 2), 2.0), torch.full((3, 2), 3.0)])[None])  # [1, 2 colours, 3, 2]
     assert colours.values().tolist() == [4.0, 9.0]
 
 
-def test_a_massive_token_counts_no_more_than_another() -> None:
-    plain, massive = InputImportance(), InputImportance()
-    tokens = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
-    plain.add(tokens)
-    massive.add(tokens * torch.tensor([1.0, 1000.0, 1.0, 1.0, 0.001, 1.0]).view(1, 6, 1))
-    assert torch.allclose(plain.values(), massive.values())
+def test_the_importance_of_a_token_by_hand() -> None:
+    # Root mean squares 2, 0.5 and 100.
+    tokens = torch.tensor([[2.0, -2.0], [0.5, 0.5], [100.0, -100.0]])
+    assert token_importance(tokens)[:, 0].tolist() == pytest.approx([2**-1.5, 0.5**-1.5, 1e-3])
 
 
 def test_tokens_of_zeros_are_no_trouble() -> None:
