@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from calibration.pictures import ImageFileError
 from dfq import reference
 from dfq.datasets import (
-    ImageFileError,
     ImageFolder,
     image_folder,
     imagenet_wordnet_ids,
