@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from dfq.evaluation import Evaluation, evaluate
 from dfq.generation import generate
 from dfq.models import REFERENCE, Model, load_model
 from dfq.ptq.engine import quantize
-
-log = logging.getLogger("dfq")
 
 BITS = ("w8a8", "w4a8", "w4a4")
 ITERATIONS = 400

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +23,6 @@ from dfq.ptq.modules import QuantizedLayer, adapt, quantize_parameter
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite, plan_sites
 from dfq.recipe import Bits, Recipe, load_recipe, parse_bits
 from quantizers import Quantizer, pack
-
-log = logging.getLogger("dfq")
 
 
 @dataclass
@@ -106,7 +103,11 @@ def quantize(
     with (
         torch.no_grad(),
         tqdm(
-            total=len(module.blocks) + 3, desc="calibrate", unit="stage", file=sys.stderr, disable=_quiet(progress)
+            total=len(module.blocks) + 3,
+            desc="calibrate",
+            unit="stage",
+            file=sys.stderr,
+            disable=None if progress else True,
         ) as bar,
     ):
         batches = [(pixels.cpu(), keep) for pixels, keep in images.batches(batch_size, model.device)]
@@ -261,8 +262,3 @@ def check_calibration(model: Model, images: CalibrationSet) -> None:
             f"the calibration set was made with mean {images.mean} and std {images.std}, and {model.name} is used with "
             f"mean {wanted.mean} and std {wanted.std}: give the model's own, or generate a set with these"
         )
-
-
-def _quiet(progress: bool) -> bool | None:
-    # None lets tqdm look whether stderr is a terminal.
-    return None if progress else True

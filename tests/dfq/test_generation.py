@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UnsupportedModelError
 from dfq.generation import describe_run
 from dfq.models import Model
+from dfq.options import build_parser
 
 
 def made(model: Model, method: str = "smi", num_images: int = 3, **changes: Any) -> CalibrationSet:
@@ -122,3 +124,12 @@ def test_a_budget_that_ends_before_the_last_stop_is_told(
     with caplog.at_level("WARNING", "dfq"):
         dfq.generate(model, "smi", 1, iterations=iterations)
     assert ("more patches stay than published" in caplog.text) is told
+
+
+def test_the_command_has_the_defaults_of_the_function() -> None:
+    """They stand twice, because the options must not wait for torch."""
+    commands = dict.fromkeys(("generate", "quantize", "evaluate", "list", "demo"), lambda _: None)
+    given = build_parser(commands).parse_args(["generate", "reference", "--out", "somewhere"])
+    defaults = {name: parameter.default for name, parameter in inspect.signature(dfq.generate).parameters.items()}
+    for name in ("method", "num_images", "iterations", "batch_size", "seed", "precision"):
+        assert getattr(given, name) == defaults[name]
