@@ -1,68 +1,140 @@
-"""Which patches matter: the class token's attention in the last block."""
+"""Which patches matter: the attention that carries them to the classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from calibration.errors import DfqError
 
 
-def class_attention(attention: Attention, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Attention of the class token to each patch, mean over heads (SMI, section 3.1).
+@dataclass(frozen=True)
+class _Reading:
+    """Where the scores are read.
 
-    attention: a timm `Attention`; tokens: [B, P + K, D], its input, class token first.
-    Returns [B, K] in float32. Only the class token's row of the map is formed.
+    attentions: modules with `q_norm`, `k_norm` and `scale`, of which the mean counts; queries: the tokens whose
+    attention it is; num_prefix_keys: how many tokens attended to stand before the patches.
     """
-    batch, length, _ = tokens.shape
-    qkv = attention.qkv(tokens).view(batch, length, 3, attention.num_heads, -1)
-    query = attention.q_norm(qkv[:, :1, 0].transpose(1, 2))
-    key = attention.k_norm(qkv[:, :, 1].transpose(1, 2))
-    logits = (query * attention.scale) @ key.transpose(-2, -1)
-    scores: Tensor = logits.float().softmax(-1).mean(1)[:, 0, num_prefix_tokens:]
-    return scores
+
+    kind: str
+    attentions: tuple[Any, ...]
+    queries: slice
+    num_prefix_keys: int
 
 
-class ClassAttentionProbe:
-    """Remembers the class attention of the forward passes made while `active`."""
+def _reading_of(vit: nn.Module) -> _Reading:
+    """Raises DfqError for a model that cannot leave patches out, or does not show which."""
+    if not isinstance(vit, VisionTransformer):
+        raise _refusal(vit, "is no timm VisionTransformer, the one kind of model that can leave patches out")
+    prefix, pool = vit.num_prefix_tokens, vit.global_pool
+    pooled_prefix = prefix if vit.pool_include_prefix else 0
+    if pool == "token":
+        reading = _Reading("class token", _attentions_of(vit.blocks[-1]), slice(0, 1), prefix)
+    elif pool == "map":
+        reading = _Reading("attention pool", (vit.attn_pool,), slice(None), pooled_prefix)
+    elif pool in ("avg", "avgmax", "max"):
+        reading = _Reading("pooled tokens", _attentions_of(vit.blocks[-1]), slice(prefix - pooled_prefix, None), prefix)
+    else:
+        raise _refusal(vit, f"pools its tokens by {pool!r}, which does not tell which patches matter")
+    for attention in reading.attentions:
+        # The exact types: a subclass may do something else with its queries and keys.
+        if type(attention) not in (Attention, ParallelScalingBlock, AttentionPoolLatent):
+            raise _refusal(vit, f"attends by {type(attention).__name__}, which does not tell which patches matter")
+    return reading
 
-    def __init__(self, vit: VisionTransformer) -> None:
+
+def _refusal(vit: nn.Module, reason: str) -> DfqError:
+    return DfqError(f"this {type(vit).__name__} {reason}: use a dense method for it, such as `dense`")
+
+
+def _attentions_of(block: Any) -> tuple[Any, ...]:
+    if isinstance(block, ParallelThingsBlock):
+        return tuple(branch.attn for branch in block.attns)
+    return (getattr(block, "attn", block),)  # a ParallelScalingBlock is its own attention
+
+
+def saliency_kind(vit: nn.Module) -> str:
+    """What says which patches of `vit` matter: `class token`, `attention pool` or `pooled tokens` (`saliency_probe`).
+
+    Raises DfqError, with the reason, for a model that has none of them.
+    """
+    return _reading_of(vit).kind
+
+
+class SaliencyProbe:
+    """Remembers how much attention each patch got in the forward passes made while `active`."""
+
+    def __init__(self, reading: _Reading) -> None:
         self.active = False
-        self._num_prefix_tokens = vit.num_prefix_tokens
-        self._scores: Tensor | None = None
+        self._reading = reading
+        self._query: Tensor | None = None
+        self._scores: dict[Any, Tensor] = {}
 
-    def __call__(self, attention: Attention, args: tuple[Tensor, ...]) -> None:
+    def keep_query(self, attention: Any, query: Tensor) -> None:
+        """query: what came out of `attention.q_norm`."""
         if self.active:
-            with torch.no_grad():
-                self._scores = class_attention(attention, args[0].detach(), self._num_prefix_tokens)
+            self._query = _heads_first(attention, query.detach())[:, :, self._reading.queries]
+
+    def score(self, attention: Any, key: Tensor) -> None:
+        """key: what came out of `attention.k_norm`, which timm calls right after `q_norm`."""
+        if self.active and self._query is not None:
+            keys = _heads_first(attention, key.detach())
+            logits = (self._query * attention.scale) @ keys.transpose(-2, -1)  # [B, heads, queries, tokens]
+            received = logits.float().softmax(-1).mean((1, 2))
+            self._scores[attention] = received[:, self._reading.num_prefix_keys :]
+            self._query = None
 
     @property
     def scores(self) -> Tensor:
-        """[B, K] of the last forward pass made while `active`, in the order of its tokens."""
-        if self._scores is None:
+        """[B, K] in float32 of the last forward pass made while `active`, in the order of its tokens.
+
+        Shares of attention: not negative, and with those of the prefix tokens they sum to 1.
+        """
+        if not self._scores:
             raise RuntimeError("no forward pass was made while the probe was active")
-        return self._scores
+        return torch.stack(list(self._scores.values())).mean(0)
+
+
+def _heads_first(attention: Any, vectors: Tensor) -> Tensor:
+    """[B, heads, N, d], whichever of the two layouts the module has where it normalises queries and keys."""
+    return vectors.transpose(1, 2) if isinstance(attention, ParallelScalingBlock) else vectors
 
 
 @contextmanager
-def class_attention_probe(vit: VisionTransformer) -> Iterator[ClassAttentionProbe]:
-    """A probe on the last block's attention; its map is formed at no other time and in no other block.
+def saliency_probe(vit: nn.Module) -> Iterator[SaliencyProbe]:
+    """A probe on the attention through which patches reach the classifier of `vit`.
 
-    Raises DfqError for a model without a class token.
+    A patch's score is the attention it receives, mean over heads, from what the classifier reads:
+
+    - `class token`: the class token's in the last block (SMI, section 3.1). Of a distilled model too, whose other
+      head's token is left aside.
+    - `attention pool`: the latent query's, in the pooling itself: the class token of models pooled by attention.
+    - `pooled tokens`: the mean over the tokens that are averaged, in the last block. Nothing is published for such
+      models. It is the same quantity: there, too, a patch reaches the classifier by what the tokens read by it attend
+      to, and each of those counts alike. The share a patch has in the mean by its own token is left out: it is the
+      same for all.
+
+    Queries and keys are taken as the model itself makes them, and only while the probe is `active`; no other part of
+    the map is formed. Raises DfqError, with the reason, for any other model.
     """
-    if not vit.has_class_token:
-        raise DfqError(
-            f"this {type(vit).__name__} has no class token, whose attention says which patches matter: "
-            "use a dense method for it"
-        )
-    probe = ClassAttentionProbe(vit)
-    handle = vit.blocks[-1].attn.register_forward_pre_hook(probe)
-    try:
+    reading = _reading_of(vit)
+    probe = SaliencyProbe(reading)
+    with ExitStack() as hooks:
+        for attention in reading.attentions:
+            hooks.enter_context(_on_output(attention.q_norm, partial(probe.keep_query, attention)))
+            hooks.enter_context(_on_output(attention.k_norm, partial(probe.score, attention)))
         yield probe
-    finally:
-        handle.remove()
+
+
+def _on_output(module: nn.Module, receive: Callable[[Tensor], None]) -> RemovableHandle:
+    return module.register_forward_hook(lambda _module, _args, out: receive(out))
