@@ -6,9 +6,9 @@ Knows timm Vision Transformers and nothing of quantization. Users meet it throug
 from calibration.calibration_set import CalibrationSet, load_calibration_set
 from calibration.errors import DfqError
 from calibration.inversion import Settings, invert
-from calibration.methods import METHODS, Method, Plan, generate
+from calibration.methods import METHODS, Method, Plan, check_method, generate
 from calibration.objectives import Objective
-from calibration.schedules import Dense, PatchSchedule, ProgressiveStop
+from calibration.schedules import Dense, PatchSchedule, ProgressiveStop, Rebirth
 from calibration.sources import real_images
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "PatchSchedule",
     "Plan",
     "ProgressiveStop",
+    "Rebirth",
     "Settings",
+    "check_method",
     "generate",
     "invert",
     "load_calibration_set",

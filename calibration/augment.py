@@ -6,7 +6,6 @@ has to be looked up where the augmentation put it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +28,34 @@ class Move:
             images = images.roll((self.down, self.right), dims=(-2, -1))
         return images.flip(-1) if self.flip else images
 
+    def undo(self, images: Tensor) -> Tensor:
+        """The inverse of `images`, and so its gradient: it only changes places."""
+        images = images.flip(-1) if self.flip else images
+        return images.roll((-self.down, -self.right), dims=(-2, -1)) if self.down or self.right else images
+
     def patches(self, grid: PatchGrid) -> Tensor:
-        """Where each patch of the unmoved image lies after the move: LongTensor [N].
-
-        A roll that is not a whole number of patches is rounded to the nearest one (a half away from zero), so a
-        looked-up patch may be off by at most half a patch.
-        """
-        index = torch.arange(grid.num_patches)
-        row = (index // grid.columns + _round_half_away(self.down / grid.height)) % grid.rows
-        column = (index % grid.columns + _round_half_away(self.right / grid.width)) % grid.columns
-        if self.flip:
-            column = grid.columns - 1 - column
-        return row * grid.columns + column
+        """Where each patch of the unmoved image lies after the move: LongTensor [N]. See `patch_places`."""
+        return patch_places([self], grid)[0]
 
 
-def _round_half_away(value: float) -> int:
-    return int(math.copysign(math.floor(abs(value) + 0.5), value))
+def patch_places(moves: list[Move], grid: PatchGrid) -> Tensor:
+    """Where each patch of the unmoved image lies after each move: LongTensor [moves, N].
+
+    A roll that is not a whole number of patches is rounded to the nearest one (a half away from zero), so a
+    looked-up patch may be off by at most half a patch.
+    """
+    draws = torch.tensor([(move.down, move.right, move.flip) for move in moves]).view(-1, 3, 1)
+    row = torch.arange(grid.rows).repeat_interleave(grid.columns)
+    column = torch.arange(grid.columns).repeat(grid.rows)
+    row = (row + _nearest(draws[:, 0], grid.height)) % grid.rows
+    column = (column + _nearest(draws[:, 1], grid.width)) % grid.columns
+    column = torch.where(draws[:, 2].bool(), grid.columns - 1 - column, column)
+    return row * grid.columns + column
+
+
+def _nearest(pixels: Tensor, patch: int) -> Tensor:
+    """pixels: integers -> whole patches, a half rounded away from zero; exact, in integers."""
+    return pixels.sign() * ((2 * pixels.abs() + patch) // (2 * patch))
 
 
 STILL = Move()

@@ -33,7 +33,8 @@ class CalibrationSet:
 
     images: uint8 [M, 3, H, W]; mask: bool [M, rows, columns], True where a patch is part of the image (a sparse
     image has only some); labels: int64 [M], or None where none are known; confidence: [M] in [0, 1], the model's
-    probability of the label, or None; mean, std: per channel, of the model's normalisation; run: how it was made.
+    probability of the label, or None; mean, std: per channel, of the model's normalisation; run: how it was made;
+    iterations: int64 [M], how long each was inverted, or None.
     """
 
     images: Tensor
@@ -43,6 +44,7 @@ class CalibrationSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     run: dict[str, Any] = field(default_factory=dict)
+    iterations: Tensor | None = None
 
     def __post_init__(self) -> None:
         images, mask, count = self.images, self.mask, self.images.shape[:1]
@@ -57,9 +59,11 @@ class CalibrationSet:
             and images.shape[3] % mask.shape[2] == 0
             and (self.labels is None or (self.labels.shape, self.labels.dtype) == (count, torch.int64))
             and (self.confidence is None or self.confidence.shape == count)
+            and (self.iterations is None or (self.iterations.shape, self.iterations.dtype) == (count, torch.int64))
         )
         if not well_formed:
             tensors = {"images": images, "mask": mask, "labels": self.labels, "confidence": self.confidence}
+            tensors["iterations"] = self.iterations
             found = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None]
             raise DfqError(
                 f"not a calibration set: {', '.join(found)}, {len(self.mean)} means, {len(self.std)} deviations"
@@ -125,6 +129,7 @@ def concatenate(parts: list[CalibrationSet]) -> CalibrationSet:
         mean=first.mean,
         std=first.std,
         run=first.run,
+        iterations=joined("iterations"),
     )
 
 
@@ -159,7 +164,8 @@ class SetFolder:
                 )
             for shard in self.path.glob("shard-[0-9]*.safetensors"):
                 shard.unlink()
-            (self.path / "preview.png").unlink(missing_ok=True)
+            for picture in ("preview.png", "trace.png"):
+                (self.path / picture).unlink(missing_ok=True)
         elif any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no calibration set; choose another --out")
         self._write_manifest([])
@@ -187,7 +193,7 @@ class SetFolder:
 
     def write(self, index: int, part: CalibrationSet) -> None:
         """Keep batch `index`."""
-        tensors = {"images": part.images, "mask": part.mask, "labels": part.labels, "confidence": part.confidence}
+        tensors = {name: getattr(part, name) for name in ("images", "mask", "labels", "confidence", "iterations")}
         present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         # One entry: safetensors writes several in an order that changes from run to run, and checksums with it.
         content = save(present, {"dfq": f"{FORMAT} {VERSION}, batch {index}"})
@@ -252,6 +258,7 @@ def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> Calibr
             mean=tuple(float(value) for value in run["mean"]),
             std=tuple(float(value) for value in run["std"]),
             run=run,
+            iterations=tensors.get("iterations"),
         )
     except (DfqError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DfqError(f"{path} is damaged ({error}); delete it and generate again") from error

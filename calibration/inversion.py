@@ -7,34 +7,39 @@ code is written in docs/methods.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from calibration.augment import STILL, RollAndFlip
+from calibration.augment import STILL, RollAndFlip, patch_places
 from calibration.errors import DfqError
-from calibration.objectives import Objective, Step
-from calibration.saliency import ClassAttentionProbe, class_attention_probe
+from calibration.objectives import Objective, Scene, cross_entropy
+from calibration.passes import Precision, open_passes, resolve_precision
 from calibration.schedules import PatchSchedule
-from calibration.tokens import PatchGrid, token_gather
+from calibration.tokens import PatchGrid
+from calibration.trace import Trace
 
-COMPARE_EVERY = 20
-"""Iterations between two comparisons of iterates; one costs a forward pass, about a third of a step."""
+COMPARE_EVERY = 10
+"""Iterations between two looks at the unmoved images; one costs a forward pass, about a third of a step."""
 
-
-Precision = Literal["auto", "fp32", "bf16"]
+PATIENCE = 5
+"""Looks without progress after which a batch is as good as it gets."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How pixels are optimised; the defaults are the published ones."""
+    """How pixels are optimised; the defaults are the published ones.
+
+    iterations: at most; enough: a batch is done before that when the cross-entropy of its unmoved images (beyond that
+    of the labels themselves, where they are soft) is down to so many nats on average, or falls no more; None: never.
+    """
 
     iterations: int = 4000
+    enough: float | None = None
     learning_rate: float = 0.25
     betas: tuple[float, float] = (0.5, 0.99)
     augment: RollAndFlip = field(default_factory=RollAndFlip)
@@ -42,6 +47,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"inversion takes at least 1 iteration, not {self.iterations}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"the learning rate must be positive, not {self.learning_rate}")
+
+
+class DivergedError(DfqError):
+    """The loss or the pixels are no longer finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -57,54 +68,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Inverted:
-    """images: [B, 3, H, W], normalised; keep: [B, K]; confidence: [B], of the wanted class, without jitter."""
+    """What became of B canvases: M = B * images_per_canvas images, those of one canvas in a row.
+
+    images: [M, 3, H, W], normalised; keep: M tensors [K], the patches that are part of each; confidence: [M], of the
+    wanted class, without jitter; iterations: how many were run.
+    """
 
     images: Tensor
-    keep: Tensor
+    keep: list[Tensor]
     confidence: Tensor
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of the forward and backward pass; pixels and Adam's state are float32 always.
-
-    `auto` is bfloat16 where the hardware multiplies it (recent GPUs, CPUs with AVX-512 BF16 or AMX), else float32.
-    """
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes):
-        return torch.bfloat16
-    return torch.float32
-
-
-@contextmanager
-def _as_fixed_function(vit: VisionTransformer) -> Iterator[None]:
-    """The model as a fixed function of its input: evaluation mode, no weight gradients, all put back afterwards.
-
-    On a CPU the attention runs unfused: the backward pass of the fused kernel is the slower one there.
-    """
-    modes = [(m, m.training) for m in vit.modules()]
-    trainable = [p for p in vit.parameters() if p.requires_grad]
-    on_cpu = next(vit.parameters()).device.type == "cpu"
-    fused = [m for m in vit.modules() if on_cpu and getattr(m, "fused_attn", False)]
-    vit.eval()
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for module in fused:
-            module.fused_attn = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module in fused:
-            module.fused_attn = True
+    iterations: int
 
 
 def pixel_bounds(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -113,8 +86,39 @@ def pixel_bounds(mean: tuple[float, ...], std: tuple[float, ...], device: torch.
     return (0.0 - mean_) / std_, (1.0 - mean_) / std_
 
 
+class _Best:
+    """Of each image the best iterate so far, by its score; the last among equals."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.detach().clone()
+        self.score = torch.full((len(images),), torch.inf, device=images.device)
+
+    def update(self, images: Tensor, score: Tensor) -> None:
+        better = score <= self.score
+        self.score = torch.where(better, score, self.score)
+        self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
+
+
+class _Enough:
+    """The rule that ends a batch early, asked at every look (docs/methods.md, "How long")."""
+
+    def __init__(self, enough: float | None) -> None:
+        self._enough = enough
+        self._lowest = math.inf
+        self._idle = 0
+
+    def reached(self, score: Tensor) -> bool:
+        """score: [B], of the best iterate of each image, in nats."""
+        if self._enough is None:
+            return False
+        mean = score.mean().item()
+        self._idle = 0 if mean < 0.98 * self._lowest else self._idle + 1
+        self._lowest = min(mean, self._lowest)
+        return mean <= self._enough or self._idle >= PATIENCE
+
+
 def invert(
-    vit: VisionTransformer,
+    vit: nn.Module,
     initial: Tensor,
     labels: Tensor,
     *,
@@ -125,91 +129,107 @@ def invert(
     settings: Settings,
     generator: torch.Generator,
     precision: Precision = "auto",
+    part: int | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    trace: Trace | None = None,
 ) -> Inverted:
-    """Optimise one batch of images until `vit` sees `labels` in them.
+    """Optimise one batch of canvases until `vit` sees `labels` in them.
 
-    initial: [B, 3, H, W], normalised, on the model's device; labels: [B]; generator: CPU, for the jitter.
-    Of each image the best iterate is kept, by the objective's per-image terms (the last among equals), among every
-    `COMPARE_EVERY`-th of those made with its final patches, and the last. They are compared unmoved: under jitter the
-    luckiest move would win, not the best image.
+    initial: [B, 3, H, W], normalised, on the model's device; labels: [B], or probabilities [B, C]; generator: CPU, for
+    all that is random; part: images in one pass of the model, B where it is not given: for memory's sake, the steps are
+    the same up to rounding.
+    Of each image the best iterate is kept, by cross-entropy (the last among equals), among every `COMPARE_EVERY`-th of
+    those made with its final patches, and the last. They are compared unmoved: under jitter the luckiest move would
+    win, not the best image. Images that a schedule finishes on the way are taken as they are then.
 
     Patches that are stopped get no gradient through the model, but for the half patch by which jitter may be off; terms
     on pixels (total variation) and Adam's momentum still move them, as published.
 
-    Raises DfqError where the schedule needs a class token the model lacks, or the loss leaves the real numbers.
+    Raises DfqError where the schedule needs what the model lacks, `DivergedError` where numbers stop being finite.
     """
-    grid = PatchGrid.of(vit)
-    device = initial.device
-    dtype = resolve_precision(precision, device)
-    low, high = pixel_bounds(mean, std, device)
-    decisions = {iteration for iteration in schedule.decisions if iteration < settings.iterations}
-    settled = max(decisions, default=0)
+    grid, device = PatchGrid.of(vit), initial.device
+    decisions = schedule.decisions(settings.iterations)
+    settled = decisions[-1] if decisions else 0
+    # The map that chooses patches, and the step before it, see the image unmoved: the scores are then on the grid the
+    # patches are counted in.
+    still = {iteration - lead for iteration in decisions for lead in (0, 1)}
     moves = settings.augment.draw(settings.iterations, grid.image_size, generator)
+    moves = [STILL if iteration in still else move for iteration, move in enumerate(moves)]
+    places = patch_places(moves, grid).to(device)
+    loss = objective.start(Scene(vit, grid, len(initial), device, generator))
+    watched = frozenset() if trace is None else frozenset(trace.moments(settings.iterations, decisions))
 
-    pixels = initial.clone().requires_grad_(True)
+    # Fused Adam on a CPU takes pixels and gradient for laid out alike, and does not look.
+    pixels = initial.clone(memory_format=torch.contiguous_format)
+    low, high = pixel_bounds(mean, std, device)
     adam = torch.optim.Adam([pixels], lr=settings.learning_rate, betas=settings.betas, fused=True)
-    keep = torch.arange(grid.num_patches, device=device).expand(len(initial), -1)
-    best = initial.clone()
-    best_score = torch.full((len(initial),), torch.inf, device=device)
-    confidence = torch.zeros(len(initial), device=device)
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())  # callers may be under no_grad
-        stack.enter_context(_as_fixed_function(vit))
-        gather = stack.enter_context(token_gather(vit))
-        probe: ClassAttentionProbe | None = stack.enter_context(class_attention_probe(vit)) if decisions else None
-
-        def logits_of(images: Tensor) -> Tensor:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits: Tensor = vit(images)
-            return logits.float()
-
+    keep = torch.arange(grid.num_patches, device=device).expand(len(pixels), -1)
+    best, enough = _Best(pixels), _Enough(settings.enough)
+    finished: list[tuple[Tensor, Tensor, Tensor]] = []
+    dtype = resolve_precision(precision, device)
+    with open_passes(vit, loss, labels, dtype=dtype, sparse=bool(decisions), count=part or len(pixels)) as passes:
         for iteration in range(settings.iterations):
-            # The map that chooses patches, and the step before it, see the image unmoved: the scores are then on
-            # the grid the patches are counted in.
-            unmoved = iteration in decisions or iteration + 1 in decisions
-            move = STILL if unmoved else moves[iteration]
-            if probe is not None and iteration in decisions:
-                gather.keep = keep
-                probe.active = True
-                with torch.no_grad():
-                    logits_of(pixels)
-                probe.active = False
-                keep = schedule.choose(keep, probe.scores)
+            if iteration in decisions:
+                choice = schedule.choose(keep, passes.saliency(pixels, keep), decisions.index(iteration))
+                if choice.finished is not None:
+                    confidence = _probability(passes.logits(pixels, choice.finished), labels)
+                    finished.append((pixels.clone(), choice.finished, confidence))
+                keep = choice.stay
+            if trace is not None and iteration in watched:
+                trace.see(iteration, pixels, keep)
 
-            gather.keep = move.patches(grid).to(device)[keep] if keep.shape[1] < grid.num_patches else None
-            logits = logits_of(move.images(pixels))
-            loss, _ = objective(Step(images=pixels, logits=logits, labels=labels))
-            (pixels.grad,) = torch.autograd.grad(loss, pixels)
+            gradient, values, logits = passes.gradient(pixels, keep, moves[iteration], places[iteration])
+            with torch.enable_grad():  # callers may be under no_grad
+                leaf = pixels.detach().requires_grad_()
+                on_pixels = loss.of_pixels(leaf)
+            if on_pixels.requires_grad:
+                gradient.add_(torch.autograd.grad(on_pixels, leaf)[0])
+            pixels.grad = gradient.contiguous()
+            adam.step()
+            pixels.clamp_(low, high)
 
-            with torch.no_grad():
-                adam.step()
-                pixels.clamp_(low, high)
-                done = iteration + 1 == settings.iterations
-                if done or (iteration >= settled and (iteration + 1 - settled) % COMPARE_EVERY == 0):
-                    gather.keep = keep if keep.shape[1] < grid.num_patches else None
-                    still = logits_of(pixels)
-                    _, score = objective(Step(images=pixels, logits=still, labels=labels))
-                    better = score <= best_score
-                    best_score = torch.where(better, score, best_score)
-                    best = torch.where(better.view(-1, 1, 1, 1), pixels, best)
-                    confidence = torch.where(better, _probability(still, labels), confidence)
-            if on_step is not None and (iteration % 10 == 0 or iteration == settings.iterations - 1):
-                seen = _probability(logits.detach(), labels).mean()
-                on_step(Progress(iteration + 1, settings.iterations, loss.item(), seen.item(), keep.shape[1]))
+            done = iteration + 1
+            last = done == settings.iterations
+            if last or done % COMPARE_EVERY == 0:
+                if not bool(logits.isfinite().all() and values.isfinite().all() and pixels.isfinite().all()):
+                    raise DivergedError(f"the inversion left the finite numbers within {done} iterations")
+                if on_step is not None:
+                    seen = _probability(logits, labels).mean().item()
+                    total = (values.mean() + on_pixels).item()
+                    on_step(Progress(done, settings.iterations, total, seen, keep.shape[1]))
+            if last or (iteration >= settled and (done - settled) % COMPARE_EVERY == 0):
+                best.update(pixels, _divergence(passes.logits(pixels, keep), labels))
+                if enough.reached(best.score):
+                    break
+        if not bool(best.score.isfinite().all()):
+            raise DivergedError(f"the inversion left the finite numbers within {done} iterations")
+        confidence = _probability(passes.logits(best.images, keep), labels)
+    if trace is not None:
+        trace.see(done, best.images, keep)
+    return _gathered([*finished, (best.images, keep, confidence)], done)
 
-        # Once a step has left them, its pixels never come back.
-        if not bool(best_score.isfinite().all() and pixels.isfinite().all()):
-            raise DfqError(
-                "the inversion loss left the real numbers; try --precision fp32, and check the model's weights"
-            )
-    return Inverted(images=best, keep=keep.clone(), confidence=confidence)
+
+def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """From the wanted classes to what the model sees, in nats: [B]. Cross-entropy where one class alone is wanted."""
+    own = 0.0 if targets.dim() == 1 else cross_entropy(targets.clamp_min(1e-12).log(), targets)
+    return cross_entropy(logits, targets) - own
 
 
 def _probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits: [B, C], labels: [B] -> [B], what the model gives the wanted class."""
-    return logits.softmax(-1).gather(1, labels.view(-1, 1))[:, 0]
+    """logits: [B, C], labels: [B] or [B, C] -> [B], what the model gives the wanted class."""
+    wanted = labels if labels.dim() == 1 else labels.argmax(1)
+    return logits.softmax(-1).gather(1, wanted.view(-1, 1))[:, 0]
+
+
+def _gathered(finished: list[tuple[Tensor, Tensor, Tensor]], iterations: int) -> Inverted:
+    """The images of each canvas in the order they were finished, canvas after canvas."""
+    canvases = len(finished[0][0])
+    return Inverted(
+        images=torch.stack([images for images, _, _ in finished], dim=1).flatten(0, 1),
+        keep=[keep[canvas] for canvas in range(canvases) for _, keep, _ in finished],
+        confidence=torch.stack([confidence for _, _, confidence in finished], dim=1).flatten(),
+        iterations=iterations,
+    )
 
 
 def describe(objective: Objective, schedule: PatchSchedule, settings: Settings) -> dict[str, Any]:
@@ -220,4 +240,5 @@ def describe(objective: Objective, schedule: PatchSchedule, settings: Settings) 
         "optimiser": {"name": "adam", "learning_rate": settings.learning_rate, "betas": list(settings.betas)},
         "augment": {"roll_fraction": settings.augment.fraction, "flip": 0.5},
         "iterations": settings.iterations,
+        "enough": settings.enough,
     }

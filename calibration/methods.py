@@ -2,76 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from calibration import inversion
+from calibration.attention import capture
+from calibration.augment import RollAndFlip
 from calibration.calibration_set import CalibrationSet, SetFolder, concatenate, to_pixels
 from calibration.errors import DfqError
-from calibration.inversion import Precision, Progress, Settings
-from calibration.objectives import Objective
+from calibration.initial import INITIAL, initial_images
+from calibration.inversion import DivergedError, Inverted, Progress, Settings
+from calibration.memory import images_that_fit
+from calibration.objectives import Objective, soft_targets
+from calibration.passes import Precision, resolve_precision
 from calibration.preview import write_preview
-from calibration.schedules import Dense, PatchSchedule, ProgressiveStop
-from calibration.sources import gaussian_noise
+from calibration.saliency import saliency_kind
+from calibration.schedules import Dense, PatchSchedule, ProgressiveStop, Rebirth
 from calibration.tokens import PatchGrid
+from calibration.trace import Trace, write_trace
+
+log = logging.getLogger("dfq")
+
+SCHEDULES: dict[str, PatchSchedule] = {"dense": Dense(), "smi": ProgressiveStop(), "pri": Rebirth()}
+
+RESTART_SLOWDOWN = 4
+"""A batch that left the finite numbers starts again, once, with its steps so many times smaller."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How images are made. `schedule` is None for a source without inversion."""
+    """How images are made. `schedule` is None for a source without inversion.
+
+    initial: where inversion starts (`calibration.initial`); settings: its iterations are the most that are run;
+    soft_labels: whether the wanted class is asked for among others (SARDFQ) instead of alone.
+    """
 
     summary: str
     schedule: PatchSchedule | None = None
     objective: Objective = field(default_factory=Objective)
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = field(default_factory=lambda: Settings(iterations=500, enough=0.5))
+    initial: str = "noise"
+    soft_labels: bool = False
 
+
+_PSAQ = Objective({"cross_entropy": 1.0, "patch_similarity_entropy": 1.0, "bounded_variation": 0.05})
+_APA = Objective({"cross_entropy": 1.0, "attention_prior": 0.1, "bounded_variation": 0.05})
+_GENTLE = Settings(iterations=200, enough=1.0, learning_rate=0.02)
 
 METHODS: dict[str, Method] = {
+    "natural": Method(
+        "gentle inversion of dead leaves, a few dozen dense steps: the default",
+        Dense(),
+        settings=_GENTLE,
+        initial="leaves",
+    ),
     "smi": Method("sparse model inversion: background patches stop early (SMI, ICML 2024)", ProgressiveStop()),
     "dense": Method("dense model inversion: every patch, all the time (DeepInversion, CVPR 2020)", Dense()),
+    "pri": Method("patch rebirth inversion: several sparse images of one canvas (PRI, 2025)", Rebirth()),
+    "psaq": Method(
+        "dense, with diverse similarities between patches (PSAQ-ViT, ECCV 2022)",
+        Dense(),
+        _PSAQ,
+        Settings(500, 0.5, 0.2, (0.5, 0.9), RollAndFlip(30 / 224)),
+    ),
+    "apa": Method(
+        "dense, with random attention priors and soft labels (SARDFQ, ICCV 2025)", Dense(), _APA, soft_labels=True
+    ),
+    "apa-smi": Method("the same, sparse", ProgressiveStop(), _APA, soft_labels=True),
+    "leaves": Method("dead leaves: random occluding shapes, no inversion", initial="leaves"),
+    "pink": Method("noise with the spectrum and the colours of photographs, no inversion", initial="pink"),
     "gaussian": Method("Gaussian noise, no inversion: the lower end of any comparison"),
 }
 
-# Published: 4,000. Under quantizers that only look for ranges, a few hundred calibrate as well (docs/methods.md).
-DEFAULT_ITERATIONS = 500
+DEFAULT_METHOD = "natural"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, fixed to the last number: what is made, from which seed, in which batches."""
+    """One run, fixed to the last number: what is made, from which seed, in which batches.
+
+    iterations: per batch, or None to stop a batch when its images are good enough; batch_size: canvases optimised
+    together; initial, schedule, learning_rate: where given, instead of the method's own.
+    """
 
     method: str
     num_images: int
-    iterations: int
+    iterations: int | None
     batch_size: int
     seed: int
     precision: Precision
+    initial: str | None = None
+    schedule: PatchSchedule | None = None
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise DfqError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
-        for name in ("num_images", "iterations", "batch_size"):
+        for name in (
+            ("num_images", "batch_size") if self.iterations is None else ("num_images", "iterations", "batch_size")
+        ):
             if getattr(self, name) < 1:
                 raise DfqError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.seed < 0:
             raise DfqError(f"the seed must not be negative, and {self.seed} is")
         if self.precision not in get_args(Precision):
             raise DfqError(f"unknown precision {self.precision!r}: choose from {', '.join(get_args(Precision))}")
+        if self.initial is not None and self.initial not in INITIAL:
+            raise DfqError(f"unknown start {self.initial!r}: choose from {', '.join(INITIAL)}")
+        given = {"initial": self.initial, "schedule": self.schedule, "learning_rate": self.learning_rate}
+        meant = [name for name, value in given.items() if value is not None]
+        if METHODS[self.method].schedule is None and meant:
+            raise DfqError(f"{self.method} inverts nothing: {meant[0]} is not for it")
+        try:
+            composed = self.composed
+            if composed.schedule is not None:
+                composed.schedule.decisions(composed.settings.iterations)
+        except ValueError as error:
+            raise DfqError(str(error)) from error
+
+    @property
+    def composed(self) -> Method:
+        """The method with everything that this plan changes in it."""
+        method = METHODS[self.method]
+        settings = method.settings
+        if self.iterations is not None:
+            settings = replace(settings, iterations=self.iterations, enough=None)
+        if self.learning_rate is not None:
+            settings = replace(settings, learning_rate=self.learning_rate)
+        return replace(
+            method,
+            schedule=self.schedule or method.schedule,
+            settings=settings,
+            initial=self.initial or method.initial,
+        )
+
+    @property
+    def _images_per_canvas(self) -> int:
+        schedule = self.composed.schedule
+        return 1 if schedule is None else schedule.images_per_canvas
+
+    @property
+    def canvases(self) -> list[int]:
+        """The number of canvases of each batch."""
+        full, rest = divmod(-(-self.num_images // self._images_per_canvas), self.batch_size)
+        return [self.batch_size] * full + [rest] * bool(rest)
 
     @property
     def batches(self) -> list[int]:
-        """The number of images of each batch."""
-        full, rest = divmod(self.num_images, self.batch_size)
-        return [self.batch_size] * full + [rest] * bool(rest)
+        """The number of images of each batch: of the last canvas only as many as are wanted."""
+        counts = [canvases * self._images_per_canvas for canvases in self.canvases]
+        counts[-1] -= sum(counts) - self.num_images
+        return counts
 
     def describe(self, mean: tuple[float, ...], std: tuple[float, ...], grid: PatchGrid) -> dict[str, Any]:
         """Everything the images depend on, apart from the model."""
-        method = METHODS[self.method]
+        method = self.composed
         run: dict[str, Any] = {
             "method": self.method,
             "num_images": self.num_images,
@@ -81,12 +172,28 @@ class Plan:
             "patch_grid": [grid.rows, grid.columns],
             "mean": list(mean),
             "std": list(std),
+            "initial": method.initial,
         }
         if method.schedule is not None:
-            settings = replace(method.settings, iterations=self.iterations)
-            run["inversion"] = inversion.describe(method.objective, method.schedule, settings)
+            if method.schedule.images_per_canvas > grid.num_patches:
+                raise DfqError(
+                    f"{grid.num_patches} patches cannot be divided into {method.schedule.images_per_canvas} images"
+                )
+            run["inversion"] = inversion.describe(method.objective, method.schedule, method.settings)
+            run["inversion"]["soft_labels"] = method.soft_labels
             run["precision"] = self.precision
         return run
+
+
+def check_method(vit: nn.Module, plan: Plan) -> None:
+    """Raise DfqError where the schedule or the objective of `plan` needs what `vit` lacks."""
+    method = plan.composed
+    if method.schedule is None:
+        return
+    if method.schedule.decisions(method.settings.iterations):
+        saliency_kind(vit)
+    with capture(vit, method.objective.needs):
+        pass
 
 
 def batch_generator(seed: int, batch: int) -> torch.Generator:
@@ -96,7 +203,7 @@ def batch_generator(seed: int, batch: int) -> torch.Generator:
 
 
 def make_batch(
-    vit: VisionTransformer,
+    vit: nn.Module,
     plan: Plan,
     batch: int,
     *,
@@ -104,45 +211,80 @@ def make_batch(
     std: tuple[float, ...],
     run: dict[str, Any],
     on_step: Callable[[Progress], None] | None = None,
+    trace: Trace | None = None,
 ) -> CalibrationSet:
     """Batch number `batch` of `plan`, on the model's device."""
-    method = METHODS[plan.method]
-    grid = PatchGrid.of(vit)
-    count = plan.batches[batch]
-    generator = batch_generator(plan.seed, batch)
-    initial = gaussian_noise(count, grid.image_size, generator)
+    method, grid, count = plan.composed, PatchGrid.of(vit), plan.batches[batch]
     if method.schedule is None:
+        initial = initial_images(method.initial, count, grid.image_size, batch_generator(plan.seed, batch), mean, std)
         everything = torch.ones(count, grid.rows, grid.columns, dtype=torch.bool)
         return CalibrationSet(to_pixels(initial, mean, std), everything, None, None, mean, std, run)
 
-    device = next(vit.parameters()).device
-    labels = torch.randint(vit.num_classes, (count,), generator=generator)
+    try:
+        result, labels = _inverted(vit, plan, method, batch, mean, std, on_step, trace)
+    except DivergedError as error:
+        slower = replace(method.settings, learning_rate=method.settings.learning_rate / RESTART_SLOWDOWN)
+        log.warning("batch %d: %s; once more with learning rate %g", batch, error, slower.learning_rate)
+        if trace is not None:
+            trace.clear()
+        try:
+            result, labels = _inverted(vit, plan, replace(method, settings=slower), batch, mean, std, on_step, trace)
+        except DivergedError as again:
+            raise DfqError(
+                f"batch {batch} of seed {plan.seed}: {again}, also with learning rate {slower.learning_rate:g}; "
+                "try --precision fp32, and check the model's weights"
+            ) from again
+    return CalibrationSet(
+        images=to_pixels(result.images, mean, std)[:count].cpu(),
+        mask=torch.cat([grid.mask_of(keep[None]) for keep in result.keep])[:count].cpu(),
+        labels=labels.repeat_interleave(method.schedule.images_per_canvas)[:count],
+        confidence=result.confidence.float()[:count].cpu(),
+        mean=mean,
+        std=std,
+        run=run,
+        iterations=torch.full((count,), result.iterations),
+    )
+
+
+def _inverted(
+    vit: nn.Module,
+    plan: Plan,
+    method: Method,
+    batch: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    on_step: Callable[[Progress], None] | None,
+    trace: Trace | None,
+) -> tuple[Inverted, Tensor]:
+    """(what became of the canvases of a batch, their labels [B])."""
+    assert method.schedule is not None
+    generator, device = batch_generator(plan.seed, batch), next(vit.parameters()).device
+    num_classes = int(vit.num_classes)  # type: ignore[arg-type]
+    canvases = plan.canvases[batch]
+    initial = initial_images(method.initial, canvases, PatchGrid.of(vit).image_size, generator, mean, std)
+    labels = torch.randint(num_classes, (canvases,), generator=generator)
+    targets = soft_targets(labels, num_classes, generator) if method.soft_labels else labels
+    fitting = images_that_fit(vit, resolve_precision(plan.precision, device))
     result = inversion.invert(
         vit,
         initial.to(device),
-        labels.to(device),
+        targets.to(device),
         mean=mean,
         std=std,
         objective=method.objective,
         schedule=method.schedule,
-        settings=replace(method.settings, iterations=plan.iterations),
+        settings=method.settings,
         generator=generator,
         precision=plan.precision,
+        part=canvases if fitting is None else min(fitting, canvases),
         on_step=on_step,
+        trace=trace,
     )
-    return CalibrationSet(
-        images=to_pixels(result.images, mean, std).cpu(),
-        mask=grid.mask_of(result.keep).cpu(),
-        labels=labels,
-        confidence=result.confidence.float().cpu(),
-        mean=mean,
-        std=std,
-        run=run,
-    )
+    return result, labels
 
 
 def generate(
-    vit: VisionTransformer,
+    vit: nn.Module,
     plan: Plan,
     *,
     mean: tuple[float, ...],
@@ -150,19 +292,37 @@ def generate(
     run: dict[str, Any],
     folder: SetFolder | None = None,
     on_step: Callable[[int, Progress], None] | None = None,
+    class_names: Sequence[str] | None = None,
+    trace: bool = False,
 ) -> CalibrationSet:
-    """All batches of `plan`; those `folder` already holds are read, the others are made and kept there."""
+    """All batches of `plan`; those `folder` already holds are read, the others are made and kept there.
+
+    class_names: for the captions of `preview.png`; trace: leave `trace.png` of the first batch in the folder too.
+    """
+    check_method(vit, plan)
     parts = []
     for batch in range(len(plan.batches)):
         part = folder.read(batch) if folder is not None else None
+        if (
+            folder is not None
+            and part is not None
+            and trace
+            and batch == 0
+            and not (folder.path / "trace.png").exists()
+        ):
+            log.warning("no trace: the first batch is there already, and how it came about is not known any more")
         if part is None:
             report = None if on_step is None else (lambda progress, batch=batch: on_step(batch, progress))
-            part = make_batch(vit, plan, batch, mean=mean, std=std, run=run, on_step=report)
+            watched = Trace(PatchGrid.of(vit), mean, std) if trace and folder is not None and batch == 0 else None
+            part = make_batch(vit, plan, batch, mean=mean, std=std, run=run, on_step=report, trace=watched)
             if folder is not None:
                 folder.write(batch, part)
+                if watched is not None and plan.composed.schedule is not None and part.labels is not None:
+                    canvas_labels = part.labels[:: plan.composed.schedule.images_per_canvas]
+                    write_trace(watched, folder.path / "trace.png", labels=canvas_labels, class_names=class_names)
         parts.append(part)
     whole = concatenate(parts)
     if folder is not None:
-        write_preview(whole, folder.path / "preview.png")
+        write_preview(whole, folder.path / "preview.png", class_names)
         folder.finish(parts)
     return whole

@@ -7,21 +7,32 @@ holds no state, so one schedule serves any number of batches, under any objectiv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Choice(NamedTuple):
+    """stay: [B, K'], the patches that stay in play; finished: [B, E], those that leave as images of their own."""
+
+    stay: Tensor
+    finished: Tensor | None = None
 
 
 class PatchSchedule(Protocol):
     """What the inversion loop asks of a schedule."""
 
     @property
-    def decisions(self) -> tuple[int, ...]:
-        """Iterations, from 0, at which patches are chosen; ascending."""
+    def images_per_canvas(self) -> int:
+        """How many images come of one optimised canvas."""
         ...
 
-    def choose(self, keep: Tensor, scores: Tensor) -> Tensor:
-        """keep: [B, K] patches in play, scores: [B, K] their saliency -> [B, K'], those that stay."""
+    def decisions(self, iterations: int) -> tuple[int, ...]:
+        """Iterations, from 0, at which patches are chosen in a run of so many; ascending, all within the run."""
+        ...
+
+    def choose(self, keep: Tensor, scores: Tensor, decision: int) -> Choice:
+        """keep: [B, K] patches in play, scores: [B, K] their saliency; decision: its number, from 0."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -33,40 +44,99 @@ class PatchSchedule(Protocol):
 class Dense:
     """Every patch, all the time (DeepInversion; 'DMI' in the SMI paper)."""
 
-    decisions: tuple[int, ...] = ()
+    @property
+    def images_per_canvas(self) -> int:
+        return 1
 
-    def choose(self, keep: Tensor, scores: Tensor) -> Tensor:
-        return keep
+    def decisions(self, iterations: int) -> tuple[int, ...]:
+        return ()
+
+    def choose(self, keep: Tensor, scores: Tensor, decision: int) -> Choice:
+        return Choice(keep)
 
     def describe(self) -> dict[str, Any]:
         return {"name": "dense"}
+
+
+PUBLISHED_ITERATIONS = 4000
+PUBLISHED_STOPS = (50, 100, 200, 300)
 
 
 @dataclass(frozen=True)
 class ProgressiveStop:
     """Sparse model inversion: the least attended patches stop for good (SMI, arXiv 2510.27186, section 3.2).
 
-    iterations: when patches stop; ratio: the share of the patches still in play that stops each time, so that
-    `int(remaining * (1 - ratio))` stay. The defaults are the published ones: 196 patches become 137, 95, 66, 46.
+    stops: iterations at which patches stop, or None for the published 50, 100, 200 and 300 of 4,000 in proportion to
+    the length of the run: kept where they are, most of a short run would be dense. ratio: the share of the patches
+    still in play that stops each time, so that `int(remaining * (1 - ratio))` stay: of 196 patches 137, 95, 66, 46.
     """
 
-    iterations: tuple[int, ...] = (50, 100, 200, 300)
+    stops: tuple[int, ...] | None = None
     ratio: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio < 1.0:
             raise ValueError(f"the ratio of patches that stop must lie in [0, 1), not {self.ratio}")
-        if list(self.iterations) != sorted(set(self.iterations)) or (self.iterations and self.iterations[0] < 0):
-            raise ValueError(f"the iterations at which patches stop must ascend from 0 or later, not {self.iterations}")
+        stops = list(self.stops or ())
+        if stops != sorted(set(stops)) or (stops and stops[0] < 0):
+            raise ValueError(f"the iterations at which patches stop must ascend from 0 or later, not {self.stops}")
 
     @property
-    def decisions(self) -> tuple[int, ...]:
-        return self.iterations
+    def images_per_canvas(self) -> int:
+        return 1
 
-    def choose(self, keep: Tensor, scores: Tensor) -> Tensor:
+    def decisions(self, iterations: int) -> tuple[int, ...]:
+        stops = list(self.stops or ())
+        if self.stops is None:
+            for published in PUBLISHED_STOPS:
+                # At least one step before each: a map of untouched noise says nothing about an image.
+                earliest = stops[-1] + 1 if stops else 1
+                stops.append(max(earliest, round(published * iterations / PUBLISHED_ITERATIONS)))
+        return tuple(stop for stop in stops if stop < iterations)
+
+    def choose(self, keep: Tensor, scores: Tensor, decision: int) -> Choice:
         count = max(1, int(keep.shape[1] * (1.0 - self.ratio)))
         best = scores.topk(count, dim=1).indices
-        return keep.gather(1, best).sort(dim=1).values
+        return Choice(keep.gather(1, best).sort(dim=1).values)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "progressive_stop", "iterations": list(self.iterations), "ratio": self.ratio}
+        stops = "in proportion" if self.stops is None else list(self.stops)
+        return {"name": "progressive_stop", "stops": stops, "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Rebirth:
+    """Patch rebirth inversion: `division` sparse images of one canvas (PRI, arXiv 2509.23235).
+
+    After each `division`-th part of the run the most attended share of the patches in play leaves as a finished image;
+    the others go on, and grow what the finished ones had. The last share leaves at the end.
+    """
+
+    division: int = 4
+
+    def __post_init__(self) -> None:
+        if self.division < 1:
+            raise ValueError(f"a canvas is divided into at least 1 image, not {self.division}")
+
+    @property
+    def images_per_canvas(self) -> int:
+        return self.division
+
+    def decisions(self, iterations: int) -> tuple[int, ...]:
+        part = iterations // self.division
+        if part == 0 and self.division > 1:
+            raise ValueError(f"{iterations} iterations cannot be divided into {self.division} parts")
+        return tuple(part * number for number in range(1, self.division))
+
+    def choose(self, keep: Tensor, scores: Tensor, decision: int) -> Choice:
+        # An equal share for each image still to come, whatever the remainder.
+        count = keep.shape[1] // (self.division - decision)
+        if count == 0:
+            raise ValueError(f"{keep.shape[1]} patches cannot be divided into {self.division - decision} images")
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        ranked = keep.gather(1, order)
+        finished, stay = ranked.tensor_split([count], dim=1)
+        return Choice(stay.sort(dim=1).values, finished.sort(dim=1).values)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "rebirth", "division": self.division}

@@ -1,4 +1,4 @@
-"""Calibration images without inversion: Gaussian noise, a folder of real images."""
+"""Calibration images that somebody took: a folder of real images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from calibration.calibration_set import CalibrationSet, to_pixels
 from calibration.errors import DfqError
 from calibration.pictures import IMAGE_EXTENSIONS, images_below, read_image
 from calibration.tokens import PatchGrid
-
-
-def gaussian_noise(count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """[count, 3, H, W] from N(0, 1) in the model's normalised space."""
-    return torch.randn(count, 3, *image_size, generator=generator)
 
 
 def real_images(

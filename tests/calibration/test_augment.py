@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.augment import STILL, Move, RollAndFlip
+from calibration.augment import STILL, Move, RollAndFlip, patch_places
 from calibration.tokens import PatchGrid
 
 GRIDS = st.builds(PatchGrid, st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
@@ -88,3 +88,15 @@ def test_a_draw_hangs_on_the_generator_alone() -> None:
 def test_without_a_range_there_are_only_flips() -> None:
     moves = RollAndFlip(0.0).draw(50, (32, 32), torch.Generator().manual_seed(0))
     assert set(moves) == {Move(0, 0, False), Move(0, 0, True)}
+
+
+@given(st.integers(-9, 9), st.integers(-9, 9), st.booleans())
+def test_undoing_a_move(down: int, right: int, flip: bool) -> None:
+    image, move = torch.arange(2 * 5 * 7).view(1, 2, 5, 7), Move(down, right, flip)
+    assert torch.equal(move.undo(move.images(image)), image)
+
+
+def test_places_of_many_moves_at_once() -> None:
+    grid, moves = PatchGrid(3, 4, 8, 4), [STILL, Move(13, -7), Move(-4, 2, True)]
+    assert patch_places(moves, grid).tolist() == [move.patches(grid).tolist() for move in moves]
+    assert patch_places(moves, grid)[0].tolist() == list(range(12))

@@ -42,6 +42,7 @@ def a_set(*rows: str, seed: int = 0, labels: bool = True) -> CalibrationSet:
         mean=MEAN,
         std=STD,
         run=RUN,
+        iterations=torch.from_numpy(random.integers(1, 500, len(rows))) if labels else None,
     )
 
 
@@ -49,7 +50,7 @@ PARTS = [a_set("xxxx", "x..x", seed=1), a_set(".xx.", seed=2)]
 
 
 def assert_same(first: CalibrationSet, second: CalibrationSet) -> None:
-    for name in ("images", "mask", "labels", "confidence"):
+    for name in ("images", "mask", "labels", "confidence", "iterations"):
         ours, theirs = getattr(first, name), getattr(second, name)
         assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
     assert (first.mean, first.std) == (second.mean, second.std)
@@ -97,13 +98,18 @@ class TestTheSet:
             pytest.param({"labels": torch.zeros(3, dtype=torch.int64)}, id="labels of more images"),
             pytest.param({"labels": torch.zeros(2)}, id="float labels"),
             pytest.param({"confidence": torch.zeros(2, 1)}, id="confidence of another shape"),
+            pytest.param({"iterations": torch.ones(3, dtype=torch.int64)}, id="iterations of more images"),
+            pytest.param({"iterations": torch.ones(2)}, id="float iterations"),
+            pytest.param({"iterations": torch.tensor(5)}, id="iterations of the batch"),
             pytest.param({"mean": (0.5, 0.5)}, id="two means"),
             pytest.param({"std": (0.5,) * 4}, id="four deviations"),
         ],
     )
     def test_what_is_none(self, change: dict[str, Any]) -> None:
         good = a_set("xxxx", "x..x")
-        with pytest.raises(DfqError, match=r"^not a calibration set: images .*mask .*, labels .*, confidence "):
+        with pytest.raises(
+            DfqError, match=r"^not a calibration set: images .*mask .*, labels .*, confidence .*, iterations "
+        ):
             replace(good, **change)
 
     def test_the_message_says_what_was_found(self) -> None:
@@ -134,12 +140,15 @@ class TestTheSet:
         assert torch.equal(whole.mask, masks("xxxx", "x..x", ".xx."))
         assert whole.labels is not None
         assert whole.labels.tolist() == [*PARTS[0].labels.tolist(), *PARTS[1].labels.tolist()]
+        assert whole.iterations is not None
+        assert whole.iterations.tolist() == [*PARTS[0].iterations.tolist(), *PARTS[1].iterations.tolist()]
         assert whole.run == RUN
 
     def test_labels_are_unknown_where_a_part_has_none(self) -> None:
         whole = concatenate([a_set("xxxx"), a_set("xxxx", labels=False)])
         assert whole.labels is None
         assert whole.confidence is None
+        assert whole.iterations is None
 
 
 class TestPixels:
@@ -192,6 +201,13 @@ class TestSavingAndLoading:
         loaded = load_calibration_set(str(saved(tmp_path / "set", parts)))
         assert_same(loaded, concatenate(parts))
         assert loaded.run == json.loads(json.dumps(RUN))
+
+    def test_a_set_that_does_not_tell_how_long_it_was_inverted(self, tmp_path: Path) -> None:
+        """As those made before that was kept."""
+        parts = [replace(part, iterations=None) for part in PARTS]
+        loaded = load_calibration_set(saved(tmp_path, parts))
+        assert loaded.iterations is None
+        assert_same(loaded, concatenate(parts))
 
     def test_the_folder_holds_a_manifest_and_a_shard_for_each_batch(self, tmp_path: Path) -> None:
         saved(tmp_path)
@@ -252,7 +268,7 @@ class TestClaimingAFolder:
     def test_overwrite_removes_the_files_of_the_set_and_nothing_else(self, tmp_path: Path) -> None:
         saved(tmp_path)
         mine = {"notes.txt": b"mine", "shard-best.safetensors": b"mine", "photo.png": b"mine"}
-        for name, content in (mine | {"preview.png": b"theirs"}).items():
+        for name, content in (mine | {"preview.png": b"theirs", "trace.png": b"theirs"}).items():
             (tmp_path / name).write_bytes(content)
         folder = SetFolder(tmp_path, self.OTHER, VERSIONS, overwrite=True)
         after = files(tmp_path)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 from torch import Tensor
 
 from calibration.calibration_set import CalibrationSet
 from calibration.errors import DfqError
-from calibration.sources import gaussian_noise, real_images
+from calibration.sources import real_images
 from calibration.tokens import PatchGrid
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -35,23 +34,6 @@ def folder_of(root: Path, count: int = 12) -> Path:
 
 def draw(root: Path, num_images: int = 5, seed: int = 0) -> CalibrationSet:
     return real_images(root, GRID, transform, mean=MEAN, std=STD, num_images=num_images, seed=seed)
-
-
-def test_gaussian_noise_is_standard_normal() -> None:
-    noise = gaussian_noise(8, (32, 48), torch.Generator().manual_seed(0))
-    assert noise.shape == (8, 3, 32, 48)
-    assert noise.dtype == torch.float32
-    assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 0.01
-    # Neither a pixel and the next, nor an image and the next, have anything to do with each other.
-    x = noise.double().numpy()
-    for a, b in ((x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :]), (x[1:], x[:-1]), (x[:, 1:], x[:, :-1])):
-        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03
-
-
-def test_gaussian_noise_hangs_on_the_generator_alone() -> None:
-    first, again, other = (gaussian_noise(1, (4, 4), torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 def test_real_images_are_whole_and_without_labels(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from calibration.errors import DfqError
-from calibration.tokens import PatchGrid, TokenGather, keep_of_mask, token_gather
+from calibration.tokens import (
+    PatchGrid,
+    PatchProjection,
+    TokenGather,
+    keep_of_mask,
+    patch_projection,
+    token_gather,
+)
 
 KEEP = torch.tensor([[0, 3, 10, 15], [1, 2, 5, 6]])
 
@@ -120,3 +128,58 @@ def test_images_that_keep_different_numbers_of_patches_cannot_share_a_batch() ->
     mask = torch.tensor([[[True, True]], [[True, False]]])
     with pytest.raises(ValueError, match="images of one batch keep 1 to 2 patches"):
         keep_of_mask(mask)
+
+
+class TestPatchProjection:
+    @pytest.mark.parametrize("arguments", [*VARIANTS, pytest.param({"dynamic_img_size": True}, id="dynamic size")])
+    def test_the_same_logits_and_gradient_as_by_convolution(self, make_vit: Any, arguments: dict[str, Any]) -> None:
+        vit, images = make_vit(**arguments), images_of(2).requires_grad_()
+        results = []
+        for sparse in (False, True):
+            with token_gather(vit) as gather, patch_projection(vit, gather, torch.float32) if sparse else nullcontext():
+                gather.keep = KEEP
+                logits = vit(images)
+            results.append((logits, torch.autograd.grad(logits.square().sum(), images)[0]))
+        for by_convolution, by_projection in zip(*results, strict=True):
+            torch.testing.assert_close(by_projection, by_convolution, rtol=1e-4, atol=1e-5)
+
+    def test_other_patches_are_not_embedded(self, make_vit: Any) -> None:
+        vit = make_vit()
+        with token_gather(vit) as gather, patch_projection(vit, gather, torch.float32):
+            gather.keep = KEEP
+            tokens = vit.patch_embed(images_of(2))
+        embedded = tokens.abs().sum(-1) > 0
+        assert embedded.nonzero()[:, 1].view(2, -1).tolist() == KEEP.tolist()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_all_patches_where_nothing_is_chosen(self, make_vit: Any, dtype: torch.dtype) -> None:
+        vit, images = make_vit(), images_of(2).requires_grad_()
+        expected = vit.patch_embed(images)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), images)
+        with patch_projection(vit, None, dtype):
+            tokens = vit.patch_embed(images)
+        assert tokens.dtype == dtype
+        accuracy = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(tokens.float(), expected, rtol=accuracy, atol=10 * accuracy)
+        moved = torch.autograd.grad(tokens.float().square().sum(), images)[0]
+        torch.testing.assert_close(moved, gradient, rtol=accuracy, atol=100 * accuracy)
+
+    def test_it_is_put_back(self, make_vit: Any) -> None:
+        vit = make_vit()
+        convolution = vit.patch_embed.proj
+        with token_gather(vit) as gather, patch_projection(vit, gather, torch.float32):
+            assert isinstance(vit.patch_embed.proj, PatchProjection)
+        assert vit.patch_embed.proj is convolution
+
+    def test_overlapping_patches_are_left_to_the_convolution(self, make_vit: Any) -> None:
+        vit = make_vit()
+        vit.patch_embed.proj = nn.Conv2d(3, 16, 10, stride=8, padding=1)
+        with token_gather(vit) as gather, patch_projection(vit, gather, torch.float32):
+            assert type(vit.patch_embed.proj) is nn.Conv2d
+
+    def test_patches_of_an_image_by_hand(self) -> None:
+        image = torch.arange(24).view(1, 1, 4, 6)
+        patches = PatchGrid(2, 3, 2, 2).patches_of(image)
+        assert patches.shape == (1, 2, 3, 1, 2, 2)
+        assert patches[0, 1, 2, 0].tolist() == [[16, 17], [22, 23]]
+        assert patches.data_ptr() == image.data_ptr()
