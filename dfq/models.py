@@ -1,4 +1,4 @@
-"""From a name to a model that can be inverted and quantized."""
+"""From a name to a model that can be inverted, and what can be done with it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from timm.data import resolve_model_data_config
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import is_model_in_modules
+from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from calibration.saliency import saliency_kind
+from calibration.tokens import PatchGrid
 from dfq import datasets, reference
 from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageError
 from dfq.preprocessing import Preprocessing
@@ -29,7 +31,21 @@ from dfq.weights import check_finite, fingerprint, load_into, read_weights
 REFERENCE = "reference"
 _LOCAL_DIR = "local-dir:"
 _HUBS = ("hf-hub:", "hf_hub:", _LOCAL_DIR)
-_FAMILIES = ("vision_transformer", "deit")
+# Modules of timm with models that can be inverted.
+_FAMILIES = (
+    "beit",
+    "cait",
+    "convit",
+    "deit",
+    "eva",
+    "nest",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "swin_transformer_v2_cr",
+    "vision_transformer",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+)
 
 log = logging.getLogger("dfq")
 
@@ -54,7 +70,7 @@ class Origin:
 class Network:
     """What full-precision and quantized models share. `network(images)` gives logits [B, C]."""
 
-    module: VisionTransformer
+    module: nn.Module
     preprocessing: Preprocessing
     origin: Origin
 
@@ -69,7 +85,7 @@ class Network:
 
     @property
     def num_classes(self) -> int:
-        return int(self.module.num_classes)
+        return _num_classes(self.module)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -86,7 +102,7 @@ class Network:
 
 @dataclass
 class Model(Network):
-    """A full-precision Vision Transformer with all that is needed to use it."""
+    """A full-precision network with all that is needed to use it."""
 
     bits: str = "fp32"
 
@@ -111,14 +127,15 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def build_architecture(architecture: str, arguments: dict[str, Any]) -> VisionTransformer:
+def build_architecture(architecture: str, arguments: dict[str, Any]) -> nn.Module:
     """An untrained network: `reference`, or a timm architecture with keyword arguments for its constructor.
 
     Both may come from a file that somebody else wrote. Raises DfqError for a name that is not timm's own, such as one
     on a hub, and for arguments that would have timm read further files.
     """
     if architecture == REFERENCE:
-        return reference.build()
+        module: nn.Module = reference.build()
+        return module
     _check_known(architecture)
     reading = sorted(set(inspect.signature(timm.create_model).parameters) & set(arguments))
     if reading:
@@ -126,12 +143,41 @@ def build_architecture(architecture: str, arguments: dict[str, Any]) -> VisionTr
     return _create(architecture, False, arguments)
 
 
-def check_supported(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedModelError unless `module` is a ViT whose blocks dfq understands."""
+def check_invertible(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError unless images of a class can be made from `module`, at least by dense inversion."""
+    patches: Any = getattr(module, "patch_embed", None)
+    if not all(getattr(patches, attribute, None) for attribute in ("img_size", "grid_size", "patch_size")):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, not a timm VisionTransformer or another network that cuts images of "
+            "one size into a grid of patches; `dfq list models` shows what can be used"
+        )
+    grid, size = PatchGrid.of(module), "x".join(map(str, patches.img_size))
+    if any(pixels % side for pixels, side in zip(patches.img_size, patches.patch_size, strict=True)):
+        raise UnsupportedModelError(
+            f"{name}: images of {size} are not a whole number of patches of {'x'.join(map(str, patches.patch_size))}; "
+            "give a multiple as --image-size"
+        )
+    if grid.image_size != tuple(patches.img_size):
+        raise UnsupportedModelError(
+            f"{name}: its {grid.rows}x{grid.columns} patches of {grid.height}x{grid.width} pixels do not tile images "
+            f"of {size}, so no pixel is known to belong to one (patch_embed is a {type(patches).__name__})"
+        )
+    # Found where it is used: not every patch embedding says how many channels it takes.
+    stem = next((layer for layer in patches.modules() if isinstance(layer, nn.Conv2d)), None)
+    if stem is not None and stem.in_channels != 3:
+        raise UnsupportedModelError(f"{name} takes {stem.in_channels} colour channels, dfq 3")
+    if _num_classes(module) < 2 or getattr(module, "global_pool", None) == "":
+        raise UnsupportedModelError(
+            f"{name} has no classifier, and it is classes that are inverted; give a --checkpoint of it that has one"
+        )
+
+
+def check_quantizable(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError unless `module` is a ViT whose blocks dfq knows how to quantize."""
     if not isinstance(module, VisionTransformer):
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__}, not a timm VisionTransformer; "
-            "`dfq list models` shows what can be used"
+            f"{name} is a {type(module).__name__}, not a timm VisionTransformer, and no other can be quantized; "
+            "docs/models.md says which can"
         )
     for index, block in enumerate(module.blocks):
         parts = {
@@ -142,23 +188,55 @@ def check_supported(name: str, module: nn.Module) -> None:
         for suffix, (part, understood) in parts.items():
             if type(part) is not understood:
                 raise UnsupportedModelError(
-                    f"{name}: blocks.{index}{suffix} is a {type(part).__name__}, and dfq understands only timm's "
+                    f"{name}: blocks.{index}{suffix} is a {type(part).__name__}, and dfq quantizes only timm's "
                     f"{understood.__name__} there"
                 )
-    patches = module.patch_embed
-    if type(patches) is not PatchEmbed:
-        raise UnsupportedModelError(
-            f"{name}: patch_embed is a {type(patches).__name__}, and dfq understands only timm's PatchEmbed there"
-        )
-    if patches.proj.in_channels != 3:
-        raise UnsupportedModelError(f"{name} takes {patches.proj.in_channels} colour channels, dfq 3")
-    if any(pixels % patch for pixels, patch in zip(patches.img_size, patches.patch_size, strict=True)):
-        raise UnsupportedModelError(
-            f"{name}: images of {'x'.join(map(str, patches.img_size))} are not a whole number of patches of "
-            f"{'x'.join(map(str, patches.patch_size))}; give a multiple as --image-size"
-        )
-    if module.num_classes < 2 or not isinstance(module.head, nn.Linear):
-        raise UnsupportedModelError(f"{name} has no classifier, and it is classes that are inverted")
+    for attribute, understood in (("patch_embed", PatchEmbed), ("head", nn.Linear)):
+        part = getattr(module, attribute)
+        if type(part) is not understood:
+            raise UnsupportedModelError(
+                f"{name}: {attribute} is a {type(part).__name__}, and dfq quantizes only a {understood.__name__} there"
+            )
+
+
+@dataclass(frozen=True)
+class Support:
+    """What dfq can do with an architecture; each refusal is the reason for one, None where there is none.
+
+    saliency: what says which patches matter in a sparse schedule (`calibration.saliency`), None where there is none.
+    """
+
+    name: str
+    saliency: str | None
+    dense_refusal: str | None
+    sparse_refusal: str | None
+    quantization_refusal: str | None
+
+
+def describe_support(name: str) -> Support:
+    """What can be done with a timm name, or `reference`. It is built without weights (about 0.2 s); nothing is read.
+
+    Raises DfqError for a name that is not known.
+    """
+    module = _without_weights(name)
+    dense = _refusal(lambda: check_invertible(name, module))
+    # What cannot be inverted at all is not loaded, and so neither inverted sparsely nor quantized.
+    sparse = dense or _refusal(lambda: saliency_kind(module))
+    quantization = dense or _refusal(lambda: check_quantizable(name, module))
+    return Support(name, None if sparse else saliency_kind(module), dense, sparse, quantization)
+
+
+def _refusal(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except DfqError as error:
+        return str(error)
+    return None
+
+
+def _num_classes(module: nn.Module) -> int:
+    classes: Any = getattr(module, "num_classes", 0)
+    return int(classes)
 
 
 def _check_known(name: str) -> None:
@@ -175,9 +253,9 @@ def _check_known(name: str) -> None:
     raise DfqError(f"timm knows no model {name!r}; {hint}")
 
 
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> VisionTransformer:
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     try:
-        module = timm.create_model(name, pretrained=pretrained, **arguments)
+        module: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     # What timm and the hub raise for a missing network, file or tag shares no base class but Exception.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -188,6 +266,19 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> VisionTra
             ) from error
         raise DfqError(f"timm could not build {name}: {reason}") from error
     return module
+
+
+def _without_weights(name: str, arguments: dict[str, Any] | None = None) -> nn.Module:
+    """The structure of a model alone."""
+    with torch.device("meta"):
+        return build_architecture(name, arguments or {})
+
+
+def _head_weight(architecture: str) -> str:
+    """The name of the weight [C, D] that gives the logits; a distilled model has two of them, of one shape."""
+    config = get_pretrained_cfg(architecture)
+    classifier = getattr(config, "classifier", None) or "head"
+    return f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
 
 
 def _on_hub(name: str) -> tuple[str, dict[str, Any]]:
@@ -216,7 +307,7 @@ def load_model(
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Model:
-    """Build a Vision Transformer and its preprocessing.
+    """Build a Vision Transformer, or another timm network with a grid of patches, and its preprocessing.
 
     name: a timm name, with or without a tag (`vit_tiny_patch16_224.augreg_in21k_ft_in1k`), `hf-hub:USER/REPO`,
     `local-dir:FOLDER`, or `reference`, the small model that comes with dfq. checkpoint: a safetensors file or a
@@ -225,7 +316,7 @@ def load_model(
     for this name; mean, std, interpolation and crop_pct (of a checkpoint trained otherwise) replace it.
 
     Raises DfqError: an unknown name, no weights to be had, a checkpoint that does not fit, NaN in weights, a model
-    that is not a Vision Transformer dfq understands.
+    that cannot be inverted (docs/models.md has those that can; not all of them can be quantized).
     """
     if checkpoint is not None and random_weights:
         raise UsageError("--checkpoint and --random-weights exclude each other")
@@ -238,7 +329,7 @@ def load_model(
             raise UsageError("the image size of the reference model is fixed")
         if state is None and not random_weights:
             state = read_weights(reference.weights_path())
-        module: VisionTransformer = reference.build() if not random_weights else _seeded(reference.build, seed)
+        module: nn.Module = reference.build() if not random_weights else _seeded(reference.build, seed)
         architecture = REFERENCE
         preprocessing = Preprocessing(reference.IMAGE_SIZE, reference.MEAN, reference.STD, crop_pct=1.0)
     else:
@@ -249,24 +340,24 @@ def load_model(
             arguments = saved | arguments
         else:
             _check_known(name)
-            if pretrained and not is_model_in_modules(name.split(".")[0], _FAMILIES):
+            if pretrained:
                 # Told before anything is downloaded.
-                check_supported(name, _create(name, False, arguments))
-        head = None if state is None else state.get("head.weight")
+                check_invertible(name, _without_weights(name, arguments))
+        head = None if state is None else state.get(_head_weight(architecture))
         if head is not None and head.dim() == 2:
             arguments["num_classes"] = head.shape[0]
         module = _seeded(lambda: _create(name, pretrained, arguments), seed)
-        check_supported(name, module)
+        check_invertible(name, module)
         config = resolve_model_data_config(module)
         preprocessing = Preprocessing(
-            image_size=tuple(module.patch_embed.img_size),
+            image_size=PatchGrid.of(module).image_size,
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
         )
-        arguments |= {"num_classes": module.num_classes}
+        arguments |= {"num_classes": _num_classes(module)}
 
     if state is not None:
         load_into(module, state, name, checkpoint if checkpoint is not None else reference.weights_path())
@@ -287,7 +378,7 @@ def load_model(
     return Model(module.to(target), preprocessing, origin)
 
 
-def _seeded(build: Callable[[], VisionTransformer], seed: int) -> VisionTransformer:
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """`build()` with torch's global generator set for its time only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -326,6 +417,9 @@ def load_original(
     return replace(model, preprocessing=preprocessing)
 
 
-def supported_names() -> list[str]:
-    """timm names of the families dfq understands (single models of a family may still be refused, with the reason)."""
-    return sorted(name for family in _FAMILIES for name in timm.list_models(module=family))
+def supported_names(filter: str = "") -> list[str]:
+    """timm names of the families that can be inverted, those that match `filter` (`vit_*`) where it is given.
+
+    Single models of a family may still be refused: `describe_support` has the reason.
+    """
+    return sorted(name for family in _FAMILIES for name in timm.list_models(filter, module=family))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import CalibrationSet, load_calibration_set
+from calibration.tokens import PatchGrid
 from dfq.errors import DfqError
-from dfq.models import Model, Network, check_supported
+from dfq.models import Model, Network, check_quantizable
 from dfq.ptq import capture
 from dfq.ptq.capture import Extremes, InputImportance, Sample
 from dfq.ptq.modules import QuantizedLayer, adapt, quantize_parameter
@@ -150,7 +151,7 @@ def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer
     Raises DfqError where the model is not supported or the recipe does not fit it: quick to find out, before images are
     made.
     """
-    check_supported(model.name, model.module)
+    check_quantizable(model.name, model.module)
     module = adapt(copy.deepcopy(model.module))
     return module, plan_sites(module, recipe, bits)
 
@@ -251,11 +252,11 @@ def check_calibration(model: Model, images: CalibrationSet) -> None:
             f"the calibration set holds images of {size[0]}x{size[1]}, and {model.name} takes "
             f"{wanted.image_size[0]}x{wanted.image_size[1]}: generate one for this model"
         )
-    rows, columns = model.module.patch_embed.grid_size
-    if images.mask.shape[1:] != (rows, columns):
+    grid = PatchGrid.of(model.module)
+    if images.mask.shape[1:] != (grid.rows, grid.columns):
         raise DfqError(
             f"the calibration set counts {images.mask.shape[1]}x{images.mask.shape[2]} patches, and {model.name} "
-            f"{rows}x{columns}: generate one for this model"
+            f"{grid.rows}x{grid.columns}: generate one for this model"
         )
     if (images.mean, images.std) != (wanted.mean, wanted.std):
         raise DfqError(

@@ -21,7 +21,10 @@ from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageEr
 from dfq.models import (
     Model,
     Origin,
-    check_supported,
+    Support,
+    check_invertible,
+    check_quantizable,
+    describe_support,
     load_original,
     resolve_device,
     supported_names,
@@ -117,6 +120,17 @@ def test_a_head_of_another_size_is_taken_from_the_checkpoint(tmp_path: Path) -> 
     assert model.module.training is False
 
 
+def test_the_head_is_found_wherever_the_architecture_has_it(tmp_path: Path) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    state = timm.create_model(name, num_classes=7, img_size=64).state_dict()
+    save_file(state, tmp_path / "seven.safetensors")
+    model = dfq.load_model(name, checkpoint=tmp_path / "seven.safetensors", image_size=64, device="cpu")
+    assert model.num_classes == 7
+    assert model.origin.arguments == {"img_size": 64, "num_classes": 7}
+    assert (model.preprocessing.image_size, model.preprocessing.mean) == ((64, 64), IMAGENET[0])
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
 # --- files that cannot be used
 
 
@@ -204,10 +218,14 @@ def test_an_unknown_tag_is_answered_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("resnet18", "ResNet"), ("swin_tiny_patch4_window7_224", "SwinTransformer")]
+    ("name", "said"),
+    [
+        ("resnet18", "is a ResNet, not a timm VisionTransformer or another network .* `dfq list"),
+        ("vit_small_patch14_reg4_dinov2", "has no classifier, and it is classes that are inverted; give a --check"),
+    ],
 )
-def test_other_networks_are_refused_before_anything_is_downloaded(
-    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_inverted_is_refused_before_anything_is_downloaded(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create = timm.create_model
 
@@ -217,35 +235,74 @@ def test_other_networks_are_refused_before_anything_is_downloaded(
 
     monkeypatch.setattr(timm, "create_model", offline)
     for random_weights in (True, False):
-        with pytest.raises(UnsupportedModelError, match=f"{name} is a {kind}, not a timm VisionTransformer; `dfq list"):
+        with pytest.raises(UnsupportedModelError, match=f"{name} {said}"):
             dfq.load_model(name, random_weights=random_weights)
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("vit_small_patch16_18x2_224", {"depth": 1}, "blocks.0 is a ParallelThingsBlock"),
-        ("vit_dwee_patch16_reg1_gap_256", {"depth": 1}, "blocks.0.attn is a DiffAttention"),
-        ("vit_giant_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 2}, "blocks.0.mlp is a GluMlp"),
-        (VIT, {"depth": 1, "num_classes": 0}, "has no classifier"),
-        (VIT, {"depth": 1, "in_chans": 1}, "takes 1 colour channels, dfq 3"),
-        (VIT, {"depth": 1, "img_size": 40}, "images of 40x40 are not a whole number of patches of 16x16; give a"),
-        ("vit_tiny_r_s16_p8_224", {"depth": 1}, "patch_embed is a HybridEmbed"),
+        (VIT, {"num_classes": 0}, "has no classifier"),
+        (VIT, {"global_pool": "", "class_token": False}, "has no classifier"),
+        (VIT, {"in_chans": 1}, "takes 1 colour channels, dfq 3"),
+        ("swin_tiny_patch4_window7_224", {"in_chans": 4}, "takes 4 colour channels, dfq 3"),
+        (VIT, {"img_size": 40}, "images of 40x40 are not a whole number of patches of 16x16; give a"),
+        ("vit_base_r50_s16_224", {}, "14x14 patches of 1x1 pixels do not tile images of 224x224, .*a HybridEmbed"),
+        ("pit_ti_224", {}, "27x27 patches of 16x16 pixels do not tile images of 224x224, .*a ConvEmb"),
+        ("naflexvit_base_patch16_gap", {}, "is a NaFlexVit, not a timm VisionTransformer or another"),
     ],
 )
-def test_vits_that_are_not_understood(name: str, changes: dict[str, Any], said: str) -> None:
+def test_networks_that_cannot_be_inverted(name: str, changes: dict[str, Any], said: str) -> None:
     with torch.device("meta"):
         module = timm.create_model(name, **changes)
     with pytest.raises(UnsupportedModelError, match=said) as caught:
-        check_supported(name, module)
+        check_invertible(name, module)
+    assert str(caught.value).startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("swin_tiny_patch4_window7_224", {}, "is a SwinTransformer, not a timm VisionTransformer, and no other can be"),
+        ("vit_small_patch16_18x2_224", {"depth": 1}, "blocks.0 is a ParallelThingsBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", {"depth": 1}, "blocks.0.attn is a DiffAttention"),
+        ("vit_giant_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 2}, "blocks.0.mlp is a GluMlp"),
+        ("vit_tiny_r_s16_p8_224", {"depth": 1}, "patch_embed is a HybridEmbed"),
+        (VIT, {"depth": 1, "num_classes": 0}, "head is a Identity"),
+    ],
+)
+def test_networks_that_cannot_be_quantized(name: str, changes: dict[str, Any], said: str) -> None:
+    with torch.device("meta"):
+        module = timm.create_model(name, **changes)
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
+        check_quantizable(name, module)
     assert str(caught.value).startswith(name)
 
 
 def test_the_list_of_models() -> None:
     names = supported_names()
-    assert {VIT, "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"} <= set(names)
+    assert {VIT, "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"} <= set(names)
     assert "resnet18" not in names
     assert names == sorted(names)
+    assert supported_names("deit3_small_*") == ["deit3_small_patch16_224", "deit3_small_patch16_384"]
+
+
+def test_support_is_told_with_the_reasons() -> None:
+    for name in (VIT, "reference"):
+        assert describe_support(name) == Support(name, "class token", None, None, None)
+    swin = describe_support("swin_tiny_patch4_window7_224")
+    assert (swin.saliency, swin.dense_refusal) == (None, None)
+    assert swin.sparse_refusal == (
+        "this SwinTransformer is no timm VisionTransformer, the one kind of model that can leave patches out: "
+        "use a dense method for it, such as `dense`"
+    )
+    assert str(swin.quantization_refusal).startswith("swin_tiny_patch4_window7_224 is a SwinTransformer, not a timm")
+    dino = describe_support("vit_small_patch14_dinov2")
+    assert dino.saliency is None
+    assert dino.dense_refusal == dino.sparse_refusal == dino.quantization_refusal
+    assert "has no classifier" in str(dino.dense_refusal)
+    with pytest.raises(DfqError, match="did you mean"):
+        describe_support("vit_tiny_patch16_225")
 
 
 # --- weights without a file
@@ -276,8 +333,12 @@ def test_a_checkpoint_and_random_weights_exclude_each_other() -> None:
 
 
 def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_args: Any, **_kwargs: Any) -> None:
-        raise ConnectionError("Max retries exceeded\nwith a long story")
+    create = timm.create_model
+
+    def offline(*args: Any, pretrained: bool, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ConnectionError("Max retries exceeded\nwith a long story")
+        return create(*args, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(DfqError) as caught:
