@@ -12,13 +12,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfq.options import build_parser
 
 if TYPE_CHECKING:
-    from calibration import CalibrationSet, Plan
+    from calibration import CalibrationSet, PatchSchedule, Plan
     from dfq.models import Model
 
 GATE_FAILED = 3
@@ -90,7 +91,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = _model(arguments)
     made = _generated(arguments, model, arguments.out)
     print(_describe_set(made))
-    print(f"kept in {arguments.out}; its preview.png shows them")
+    also = ", trace.png how they came about" if (arguments.out / "trace.png").exists() else ""
+    print(f"kept in {arguments.out}; preview.png there shows them{also}")
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -213,12 +215,30 @@ def _list(arguments: argparse.Namespace) -> None:
 
         rows = [(name, load_recipe(name).summary) for name in preset_names()]
     else:
-        from dfq.models import supported_names
-
-        rows = [(name, "") for name in supported_names()]
+        rows = _models(arguments.filter)
     width = max(len(name) for name, _ in rows)
     for name, summary in rows:
         print(f"{name:<{width}}  {summary}".rstrip())
+
+
+def _models(filter: str) -> list[tuple[str, str]]:
+    """Names and, where a filter keeps them few, what can be done with each: that takes building it."""
+    from dfq.errors import DfqError
+    from dfq.models import describe_support, supported_names
+
+    names = supported_names(filter)
+    if not names:
+        raise DfqError(f"no model that dfq knows is called {filter!r}; wildcards help: 'vit_tiny*'")
+    if not filter:
+        return [(name, "") for name in names]
+    rows = []
+    for support in map(describe_support, names):
+        done = {"dense inversion": support.dense_refusal, "sparse": support.sparse_refusal}
+        done["quantization"] = support.quantization_refusal
+        reasons = [reason for reason in done.values() if reason is not None]
+        can = [what for what, refusal in done.items() if refusal is None]
+        rows.append((support.name, "; ".join([", ".join(can) or "nothing", *dict.fromkeys(reasons)])))
+    return rows
 
 
 _MODEL_CHANGES = ("random_weights", "image_size", "mean", "std", "interpolation", "crop_pct")
@@ -229,17 +249,52 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     from calibration import Plan
     from dfq.errors import DfqError, UsageError
 
+    iterations = None if arguments.iterations == "auto" else arguments.iterations
     try:
         return Plan(
             arguments.method,
             arguments.num_images,
-            arguments.iterations,
+            iterations,
             arguments.batch_size,
             arguments.seed,
             arguments.precision,
+            arguments.init,
+            _schedule(arguments),
+            arguments.learning_rate,
         )
-    except DfqError as error:
+    except (DfqError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def _schedule(arguments: argparse.Namespace) -> PatchSchedule | None:
+    """What the options make of the method's schedule; None where they leave it alone."""
+    from calibration import METHODS, ProgressiveStop, Rebirth
+    from calibration.methods import SCHEDULES
+    from dfq.errors import UsageError
+
+    schedule = None
+    if arguments.schedule is not None:
+        schedule = SCHEDULES[arguments.schedule]
+    elif arguments.method in METHODS:
+        schedule = METHODS[arguments.method].schedule
+    stops = None if arguments.stop_at is None else tuple(arguments.stop_at)
+    changes: dict[str, dict[str, Any]] = {
+        "smi": {"stops": stops, "ratio": arguments.stop_ratio},
+        "pri": {"division": arguments.division},
+    }
+    given = {
+        kind: {name: value for name, value in values.items() if value is not None} for kind, values in changes.items()
+    }
+    if given["smi"] and not isinstance(schedule, ProgressiveStop):
+        raise UsageError("--stop-at and --stop-ratio belong to --schedule smi")
+    if given["pri"] and not isinstance(schedule, Rebirth):
+        raise UsageError("--division belongs to --schedule pri")
+    if isinstance(schedule, ProgressiveStop):
+        schedule = replace(schedule, **given["smi"])
+    elif isinstance(schedule, Rebirth):
+        schedule = replace(schedule, **given["pri"])
+    unchanged = arguments.schedule is None and not any(given.values())
+    return None if unchanged else schedule
 
 
 def _model(arguments: argparse.Namespace) -> Model:
@@ -269,16 +324,12 @@ def _baseline_of(quantized: Any, arguments: argparse.Namespace) -> Model:
 
 
 def _generated(arguments: argparse.Namespace, model: Model, out: Path) -> CalibrationSet:
-    import dfq
+    from dfq.generation import run_plan
 
-    return dfq.generate(
+    return run_plan(
         model,
-        arguments.method,
-        arguments.num_images,
-        iterations=arguments.iterations,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        precision=arguments.precision,
+        _plan(arguments),
+        trace=arguments.trace,
         out=out,
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,

@@ -6,17 +6,20 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 import calibration
-from calibration import CalibrationSet, Plan
+from calibration import CalibrationSet, PatchSchedule, Plan, ProgressiveStop
 from calibration.calibration_set import SetFolder
-from calibration.inversion import Precision, Progress
-from calibration.methods import DEFAULT_ITERATIONS
+from calibration.inversion import Progress
+from calibration.methods import DEFAULT_METHOD, SCHEDULES
+from calibration.passes import Precision
 from calibration.tokens import PatchGrid
-from dfq.models import Model, check_supported
+from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
+from dfq.errors import UsageError
+from dfq.models import Model, check_invertible
 from dfq.versions import versions
 
 log = logging.getLogger("dfq")
@@ -31,47 +34,88 @@ def describe_run(model: Model, plan: Plan) -> dict[str, Any]:
 
 def generate(
     model: Model,
-    method: str = "smi",
+    method: str = DEFAULT_METHOD,
     num_images: int = 32,
     *,
-    iterations: int = DEFAULT_ITERATIONS,
+    iterations: int | Literal["auto"] = "auto",
     batch_size: int = 32,
     seed: int = 0,
     precision: Precision = "auto",
+    initial: str | None = None,
+    schedule: str | PatchSchedule | None = None,
+    learning_rate: float | None = None,
+    trace: bool = False,
     out: Path | str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> CalibrationSet:
     """Make a calibration set without a single real image.
 
-    method: `smi` (sparse model inversion), `dense`, or `gaussian` noise; iterations: of Adam, per batch (published:
-    4,000; ignored by `gaussian`); batch_size: images optimised together; seed: with it and the batch size the same
-    images come out on the same hardware; precision: of the model's passes, `auto` picks bf16 where the hardware has
-    it; out: a folder to keep the set in, batch by batch: a run that was stopped goes on there, and a finished one is
-    read. overwrite: replace a set of another run that lies there.
+    method: a name in `calibration.METHODS`, such as `natural` or `smi`; iterations: of Adam, per batch, or `auto`: each
+    batch runs until its images are good enough (docs/methods.md has the rule); batch_size: images optimised together;
+    seed: with it and the batch size the same images come out on the same hardware; precision: of the model's passes,
+    `auto` picks bf16 where the hardware has it.
 
-    Raises DfqError: an unknown method, a model that is not supported, or whose patches cannot be ranked for want of a
-    class token, a folder that holds something else.
+    initial (`noise`, `pink`, `leaves`), schedule (`dense`, `smi`, `pri`, or a PatchSchedule) and learning_rate replace
+    the method's own.
+
+    out: a folder to keep the set in, batch by batch: a run that was stopped goes on there, and a finished one is read.
+    trace: also leave there a picture of how the first images came about. overwrite: replace a set of another run that
+    lies there.
+
+    Raises DfqError: an unknown method, a model that is not supported, or whose patches cannot be left out where the
+    schedule asks for it, a folder that holds something else.
     """
-    plan = Plan(method, num_images, iterations, batch_size, seed, precision)
-    check_supported(model.name, model.module)
+    if trace and out is None:
+        raise UsageError("a trace is a picture in the folder of the set: give out")
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise UsageError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+        schedule = SCHEDULES[schedule]
+    if isinstance(iterations, str) and iterations != "auto":
+        raise UsageError(f"iterations must be a number or auto, not {iterations!r}")
+    plan = Plan(
+        method,
+        num_images,
+        None if iterations == "auto" else iterations,
+        batch_size,
+        seed,
+        precision,
+        initial,
+        schedule,
+        learning_rate,
+    )
+    return run_plan(model, plan, trace=trace, out=out, overwrite=overwrite, progress=progress)
+
+
+def run_plan(
+    model: Model,
+    plan: Plan,
+    *,
+    trace: bool = False,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> CalibrationSet:
+    """`generate`, with everything about the images in a plan."""
+    check_invertible(model.name, model.module)
     mean, std = model.preprocessing.mean, model.preprocessing.std
     run = describe_run(model, plan)
-    schedule = calibration.METHODS[method].schedule
-    beyond = [] if schedule is None else [at for at in schedule.decisions if at >= iterations]
-    if beyond:
-        log.warning(
-            "%s stops patches at iterations up to %d, and %d are asked for: more patches stay than published",
-            method,
-            beyond[-1],
-            iterations,
-        )
+    calibration.check_method(model.module, plan)
+    method = plan.composed
+    if isinstance(method.schedule, ProgressiveStop):
+        beyond = [stop for stop in method.schedule.stops or () if stop >= method.settings.iterations]
+        if beyond:
+            log.warning("patches never stop at %s: %d iterations are run at most", beyond, method.settings.iterations)
+    if trace and method.schedule is None:
+        log.warning("%s inverts nothing, so there is no trace", plan.method)
     folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite)
 
+    iterations = 1 if method.schedule is None else method.settings.iterations
     started = time.monotonic()
     # One bar for the whole run: what is left is what a person wants to know.
-    total = len(plan.batches) * (iterations if schedule is not None else 1)
-    with tqdm(total=total, desc=method, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
+    total = len(plan.batches) * iterations
+    with tqdm(total=total, desc=plan.method, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
 
         def on_step(batch: int, step: Progress) -> None:
             bar.n = batch * iterations + step.iteration
@@ -83,10 +127,25 @@ def generate(
             bar.refresh()
 
         made = calibration.generate(
-            model.module, plan, mean=mean, std=std, run=run, folder=folder, on_step=None if bar.disable else on_step
+            model.module,
+            plan,
+            mean=mean,
+            std=std,
+            run=run,
+            folder=folder,
+            on_step=None if bar.disable else on_step,
+            class_names=_captions(model),
+            trace=trace,
         )
-    log.info("%s: %d images in %.1f s", method, len(made), time.monotonic() - started)
+        bar.update(total - bar.n)
+    log.info("%s: %d images in %.1f s", plan.method, len(made), time.monotonic() - started)
     return made
+
+
+def _captions(model: Model) -> tuple[str, ...] | None:
+    """Names of the classes for people, where they are known."""
+    names = model.class_names
+    return imagenet_class_names() if names == imagenet_wordnet_ids() else names
 
 
 def real_images(model: Model, folder: Path | str, num_images: int = 32, *, seed: int = 0) -> CalibrationSet:

@@ -77,6 +77,13 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     listing = _command(commands, "list", functions["list"], "say what there is", "dfq list methods")
     listing.add_argument("what", choices=("models", "methods", "recipes"))
+    listing.add_argument(
+        "filter",
+        nargs="?",
+        default="",
+        metavar="FILTER",
+        help="models: names like this one, such as 'vit_tiny*', and what can be done with each",
+    )
 
     demo = _command(commands, "demo", functions["demo"], "all of it on the small model that comes with dfq", "dfq demo")
     demo.add_argument("-o", "--out", type=Path, default=Path("dfq-demo"), metavar="DIR", help="folder (%(default)s)")
@@ -114,17 +121,35 @@ def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> N
 
 
 def _generation_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", default="smi", metavar="NAME", help="see `dfq list methods` (%(default)s)")
-    command.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="how many (%(default)s)")
-    command.add_argument(
-        "--iterations", type=_positive, default=500, metavar="N", help="of inversion; published: 4000 (%(default)s)"
+    group = command.add_argument_group("calibration images")
+    group.add_argument("--method", default="natural", metavar="NAME", help="see `dfq list methods` (%(default)s)")
+    group.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="how many (%(default)s)")
+    group.add_argument(
+        "--iterations",
+        type=_iterations,
+        default="auto",
+        metavar="N",
+        help="of inversion; auto: until the images are good enough; published: 4000 (%(default)s)",
     )
-    command.add_argument(
-        "-b", "--batch-size", type=_positive, default=32, metavar="N", help="images inverted together (%(default)s)"
+    group.add_argument(
+        "-b", "--batch-size", type=_positive, default=32, metavar="N", help="canvases inverted together (%(default)s)"
     )
-    command.add_argument(
+    group.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the model's passes (%(default)s)"
     )
+    group.add_argument(
+        "--init", choices=("noise", "pink", "leaves"), help="where inversion starts (the method's own start)"
+    )
+    group.add_argument(
+        "--schedule", choices=("dense", "smi", "pri"), help="which patches are inverted when (the method's own)"
+    )
+    group.add_argument(
+        "--stop-at", type=_count, nargs="+", metavar="N", help="smi: iterations at which patches stop (in proportion)"
+    )
+    group.add_argument("--stop-ratio", type=_finite, metavar="X", help="smi: share that stops each time (0.3)")
+    group.add_argument("--division", type=_positive, metavar="V", help="pri: images of one canvas (4)")
+    group.add_argument("--learning-rate", type=_finite, metavar="X", help="of Adam on the pixels (the method's own)")
+    group.add_argument("--trace", action="store_true", help="also draw how the first images came about: trace.png")
 
 
 def _output_options(command: argparse.ArgumentParser, what: str) -> None:
@@ -139,6 +164,21 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def _iterations(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {text!r}")
+    return _positive(text)
 
 
 def _seed(text: str) -> int:

@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import dfq
-from calibration import Plan
+from calibration import Dense, Plan, ProgressiveStop, Rebirth
 from calibration.calibration_set import CalibrationSet
-from dfq.errors import DfqError, UnsupportedModelError
+from dfq.errors import DfqError, UnsupportedModelError, UsageError
 from dfq.generation import describe_run
 from dfq.models import Model
 from dfq.options import build_parser
 
 
 def made(model: Model, method: str = "smi", num_images: int = 3, **changes: Any) -> CalibrationSet:
-    return dfq.generate(model, method, num_images, iterations=3, batch_size=2, progress=False, **changes)
+    return dfq.generate(model, method, num_images, **{"iterations": 3, "batch_size": 2, "progress": False} | changes)
 
 
 def test_a_set_fits_its_model(reference: Model) -> None:
@@ -70,12 +71,41 @@ def test_the_run_tells_all_it_depends_on(reference: Model, tiny: Callable[..., M
         describe_run(reference, replace(plan, seed=1)),
         describe_run(reference, replace(plan, num_images=5)),
         describe_run(reference, replace(plan, iterations=4)),
+        describe_run(reference, replace(plan, iterations=None)),
+        describe_run(reference, replace(plan, initial="leaves")),
+        describe_run(reference, replace(plan, schedule=Dense())),
+        describe_run(reference, replace(plan, learning_rate=0.1)),
         describe_run(reference, replace(plan, batch_size=3)),
         describe_run(reference, replace(plan, precision="bf16")),
         describe_run(replace(reference, origin=replace(reference.origin, fingerprint="x")), plan),
         describe_run(replace(reference, preprocessing=replace(reference.preprocessing, mean=(0.0,) * 3)), plan),
     ]
     assert all(other != run for other in others)
+
+
+def test_auto_runs_each_batch_until_its_images_are_good_enough(reference: Model) -> None:
+    images = made(reference, "dense", 8, iterations="auto", batch_size=8)
+    assert images.run["inversion"]["enough"] is not None
+    assert images.iterations is not None
+    (iterations,) = set(images.iterations.tolist())
+    assert 10 <= iterations < images.run["inversion"]["iterations"]
+    assert iterations % 10 == 0
+    assert made(reference, "dense", 8, iterations=12).iterations.tolist() == [12] * 8
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("dense", Dense()), ("smi", ProgressiveStop()), ("pri", Rebirth()), (Rebirth(2), Rebirth(2))],
+)
+def test_the_methods_own_schedule_start_and_steps_can_be_replaced(reference: Model, given: Any, meant: Any) -> None:
+    images = made(reference, "psaq", 4, iterations=8, schedule=given, initial="pink", learning_rate=0.05)
+    assert images.run["method"] == "psaq"
+    assert images.run["initial"] == "pink"
+    assert images.run["inversion"]["schedule"] == meant.describe()
+    assert images.run["inversion"]["optimiser"]["learning_rate"] == 0.05
+    assert images.is_sparse is (meant != Dense())
+    plan = Plan("psaq", 4, 8, 2, 0, "auto", "pink", meant, 0.05)
+    assert images.run == describe_run(reference, plan)
 
 
 def test_a_folder_is_continued(reference: Model, tmp_path: Path) -> None:
@@ -102,12 +132,63 @@ def test_a_folder_of_another_run_is_refused_unless_overwritten(reference: Model,
 
 
 def test_mistakes_leave_no_folder(reference: Model, tmp_path: Path) -> None:
-    with pytest.raises(DfqError, match="unknown method 'smy'"):
-        made(reference, "smy", out=tmp_path / "set")
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"method": "smy"}, "unknown method 'smy'"),
+        ({"schedule": "best"}, "^unknown schedule 'best': choose from dense, smi, pri$"),
+        ({"initial": "flowers"}, "^unknown start 'flowers': choose from noise, pink, leaves$"),
+        ({"learning_rate": -1.0}, "the learning rate must be"),
+        ({"iterations": 0}, "^iterations must be at least 1, not 0$"),
+        ({"method": "gaussian", "initial": "pink"}, "^gaussian inverts nothing: "),
+        ({"schedule": Rebirth(9)}, "^3 iterations cannot be divided into 9 parts$"),
+        # The reference has 64 patches.
+        ({"schedule": Rebirth(65), "iterations": 99}, "^64 patches cannot be divided into 65 images"),
+    ]
+    for change, message in mistakes:
+        with pytest.raises(DfqError, match=message):
+            made(reference, out=tmp_path / "set", **change)
     cnn: Any = replace(reference, module=nn.Conv2d(3, 3, 3))
     with pytest.raises(UnsupportedModelError, match="is a Conv2d"):
         made(cnn, out=tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+def test_a_schedule_that_the_model_cannot_follow_leaves_no_folder(tmp_path: Path) -> None:
+    """Swin has no tokens that could be left out; densely it can be inverted."""
+    swin = dfq.load_model("swin_tiny_patch4_window7_224", random_weights=True, device="cpu")
+    with pytest.raises(DfqError, match="use a dense method"):
+        made(swin, "smi", 1, out=tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_trace_is_left_in_the_folder(reference: Model, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^a trace is a picture in the folder of the set: give out$"):
+        made(reference, trace=True)
+    made(reference, trace=True, out=tmp_path / "set")
+    with Image.open(tmp_path / "set" / "trace.png") as picture:
+        assert picture.format == "PNG"
+    made(reference, out=tmp_path / "other")
+    assert not (tmp_path / "other" / "trace.png").exists()
+
+
+def test_a_picture_of_a_run_that_was_replaced_is_removed(reference: Model, tmp_path: Path) -> None:
+    made(reference, trace=True, out=tmp_path)
+    made(reference, seed=1, out=tmp_path, overwrite=True)
+    assert not (tmp_path / "trace.png").exists()
+
+
+def test_captions_are_names_for_people(
+    reference: Model, tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions: list[Any] = []
+    monkeypatch.setattr("calibration.methods.write_preview", lambda images, path, names: captions.append(names))
+    for index, model in enumerate((reference, tiny(num_classes=1000), tiny())):
+        made(model, "dense", out=tmp_path / str(index))
+    digits, imagenet, unknown = captions
+    assert digits == reference.class_names
+    # As the list of ImageNet's classes begins, instead of n01440764 and n01443537.
+    assert imagenet[:2] == ("tench", "goldfish")
+    assert len(imagenet) == 1000
+    assert unknown is None
 
 
 def test_nothing_is_printed_without_progress(reference: Model, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +203,12 @@ def test_a_budget_that_ends_before_the_last_stop_is_told(
     model = dfq.load_model("reference")
     monkeypatch.setattr("calibration.generate", lambda *_, **__: [None])  # the images are not the matter here
     with caplog.at_level("WARNING", "dfq"):
-        dfq.generate(model, "smi", 1, iterations=iterations)
-    assert ("more patches stay than published" in caplog.text) is told
+        dfq.generate(model, "smi", 1, iterations=iterations, schedule=ProgressiveStop((50, 100, 200, 300)))
+    assert any(record.levelname == "WARNING" for record in caplog.records) is told
+    caplog.clear()
+    # In proportion they always fit.
+    dfq.generate(model, "smi", 1, iterations=iterations)
+    assert not caplog.records
 
 
 def test_the_command_has_the_defaults_of_the_function() -> None:
@@ -131,5 +216,7 @@ def test_the_command_has_the_defaults_of_the_function() -> None:
     commands = dict.fromkeys(("generate", "quantize", "evaluate", "list", "demo"), lambda _: None)
     given = build_parser(commands).parse_args(["generate", "reference", "--out", "somewhere"])
     defaults = {name: parameter.default for name, parameter in inspect.signature(dfq.generate).parameters.items()}
-    for name in ("method", "num_images", "iterations", "batch_size", "seed", "precision"):
-        assert getattr(given, name) == defaults[name]
+    options = {name: name for name in defaults} | {"initial": "init"}
+    # Those that differ by nature: the command names its model and folder, and has --quiet for progress.
+    for name in set(defaults) - {"model", "out", "progress"}:
+        assert getattr(given, options[name]) == defaults[name]
