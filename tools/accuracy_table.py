@@ -6,7 +6,9 @@
 Every cell is one line of JSON in --results, with seed, versions and seconds; cells that are there are not made again,
 so a run that was stopped goes on. --markdown makes nothing and prints the tables of all lines in the file;
 --write FILE.md puts them into a page, between `<!-- tables: RESULTS.jsonl -->` and `<!-- end -->`.
-The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves).
+The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves). Other
+rows are METHOD[/SCHEDULE][@ITERATIONS], such as `natural`, `psaq/smi` or `smi@4000`; their sets lie beside --results.
+--generate-only makes the sets and no cell: alone on a machine, for the seconds; the cells may then share it.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import dfq
+from calibration import METHODS
 from dfq.datasets import image_folder
 
-SOURCES = ("real", "smi", "dense", "gaussian")
+SOURCES = ("real", *METHODS)
 
 
 @dataclass
@@ -57,6 +60,8 @@ def main() -> None:
         page = arguments.write.read_text()
         arguments.write.write_text(with_tables(page, arguments.results.name, lines))
         return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     done = {key_of(line) for line in lines}
     for entry in arguments.model:
         name, _, checkpoint = entry.partition("=")
@@ -70,7 +75,12 @@ def main() -> None:
         if not missing:
             continue
         model = dfq.load_model(name, checkpoint=checkpoint or None)
-        images, labels = load_images(arguments.images, model)
+        if arguments.generate_only:
+            for source in dict.fromkeys(cell["source"] for cell in missing):
+                _, made = calibration_set(source, model, arguments)
+                print(name, source, made, flush=True)
+            continue
+        images, labels = load_images(arguments.images, model, arguments.limit)
         with torch.inference_mode():
             logits = torch.cat([model(batch) for batch in images.split(50)])
         for cell in missing:
@@ -90,6 +100,7 @@ def main() -> None:
                     "seed": arguments.seed,
                     "quantize_seconds": round(quantize_seconds, 1),
                     "machine": machine(),
+                    "threads": torch.get_num_threads(),
                 }
             )
             append(arguments.results, line)
@@ -106,23 +117,33 @@ def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace
         folder = arguments.calibration_images or arguments.images
         real = dfq.real_images(model, folder, arguments.num_images, seed=arguments.seed)
         return real, {"iterations": 0, "generate_seconds": 0.0}
-    iterations = {"smi": arguments.smi_iterations, "dense": arguments.dense_iterations}.get(source, 1)
-    out = arguments.results.parent / f"{model.name}-{source}-{iterations}-seed{arguments.seed}"
+    composition, _, iterations = source.partition("@")
+    method, _, schedule = composition.partition("/")
+    out = arguments.results.parent / f"{model.name}-{source.replace('/', '-')}-seed{arguments.seed}"
     timing = out.with_suffix(".seconds")
     started = time.monotonic()
-    made = dfq.generate(model, source, arguments.num_images, iterations=iterations, seed=arguments.seed, out=out)
+    images = dfq.generate(
+        model,
+        method,
+        arguments.num_images,
+        iterations=int(iterations) if iterations.isdigit() else "auto",
+        schedule=schedule or None,
+        seed=arguments.seed,
+        out=out,
+    )
     if not timing.exists():
         timing.write_text(f"{time.monotonic() - started:.1f}")
-    return made, {
-        "iterations": iterations if source != "gaussian" else 0,
+    return images, {
+        "iterations": 0 if images.iterations is None else int(images.iterations.float().mean().round()),
         "generate_seconds": float(timing.read_text()),
     }
 
 
-def load_images(folder: Path, model: dfq.Model) -> tuple[Tensor, Tensor]:
-    """All images of the folder, preprocessed once: float32 [M, 3, H, W], and labels [M]."""
+def load_images(folder: Path, model: dfq.Model, limit: int | None) -> tuple[Tensor, Tensor]:
+    """The images of the folder, evenly spaced, preprocessed once: float32 [M, 3, H, W], and labels [M]."""
     dataset = image_folder(folder, model)
-    pairs = [dataset[index] for index in range(len(dataset))]
+    count = min(limit or len(dataset), len(dataset))
+    pairs = [dataset[index * len(dataset) // count] for index in range(count)]
     return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
@@ -171,12 +192,15 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         for source in dict.fromkeys(line["source"] for line in own):
             row = {(line["bits"], line["recipe"]): line for line in own if line["source"] == source}
             some = next(iter(row.values()))
-            label = source if not some["iterations"] else f"{source}, {some['iterations']} iterations"
-            cells = [cell_text(row.get(column)) for column in columns]
+            label = f"`{source}`" if not some["iterations"] else f"`{source}`, {some['iterations']} iterations"
+            cells = [cell_text(row.get(column), first["num_images"]) for column in columns]
             blocks.append(f"| {label} | {some['generate_seconds']:.0f} | " + " | ".join(cells) + " |")
         seconds = sorted(line["quantize_seconds"] for line in own)
+        threads = {line["threads"] for line in own if "threads" in line}
         blocks.append(
-            f"\nQuantizing took {seconds[0]:.0f} to {seconds[-1]:.0f} s. Seed {first['seed']}; {first['machine']}; "
+            f"\nQuantizing took {seconds[0]:.0f} to {seconds[-1]:.0f} s. Seed {first['seed']}; {first['machine']}"
+            + "".join(f", {count} of them used" for count in sorted(threads))
+            + "; "
             + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
             + ".\n"
         )
@@ -185,19 +209,25 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
 
 def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
     """`page` with what stands between the marks for the results file `name` replaced by its tables."""
-    mark, end = f"<!-- tables: {name} -->\n", "<!-- end -->"
+    return between_marks(page, f"<!-- tables: {name} -->\n", to_markdown(lines))
+
+
+def between_marks(page: str, mark: str, text: str) -> str:
+    """`page` with what stands between `mark` and the next end mark replaced by `text`."""
+    end = "<!-- end -->"
     before, found, rest = page.partition(mark)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise SystemExit(f"the page lacks the marks {mark.strip()} and {end}")
-    return f"{before}{mark}\n{to_markdown(lines)}\n{end}{after}"
+    return f"{before}{mark}\n{text}\n{end}{after}"
 
 
-def cell_text(line: dict[str, Any] | None) -> str:
+def cell_text(line: dict[str, Any] | None, usual_images: int) -> str:
     if line is None:
         return "-"
     low, high = line["drop_ci95"]
-    return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %"
+    fewer = "" if line["num_images"] == usual_images else f" ({line['num_images']} images)"
+    return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %{fewer}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -206,13 +236,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
     parser.add_argument("--calibration-images", type=Path, metavar="DIR", help="for the `real` rows")
     parser.add_argument("--results", type=Path, default=Path("runs/accuracy/results.jsonl"))
-    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
-    parser.add_argument("--recipes", nargs="+", default=["paper", "default"])
-    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8"])
-    parser.add_argument("--num-images", type=int, default=32)
-    parser.add_argument("--smi-iterations", type=int, default=500)
-    parser.add_argument("--dense-iterations", type=int, default=200)
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="SOURCE")
+    parser.add_argument("--recipes", nargs="+", default=["default"])
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
+    parser.add_argument("--num-images", type=int, default=32, help="in a calibration set")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on N of the images, evenly spaced")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
+    parser.add_argument("--generate-only", action="store_true", help="make the calibration sets and stop")
     parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
     arguments = parser.parse_args()

@@ -56,8 +56,8 @@ def test_rows_are_sources_and_columns_recipes_and_bits(tool: Any) -> None:
     assert table == [
         "| calibration | s | W4A8 `mine` | W8A8 `paper` |",
         "|---|---|---|---|",
-        "| smi, 500 iterations | 61 | 4.0 [-0.5, 2.5]; 95.0 % | 1.0 [-0.5, 2.5]; 95.0 % |",
-        "| real | 0 | - | 0.0 [-0.5, 2.5]; 95.0 % |",
+        "| `smi`, 500 iterations | 61 | 4.0 [-0.5, 2.5]; 95.0 % | 1.0 [-0.5, 2.5]; 95.0 % |",
+        "| `real` | 0 | - | 0.0 [-0.5, 2.5]; 95.0 % |",
     ]
 
 
