@@ -37,7 +37,7 @@ RESTART_SLOWDOWN = 4
 
 @dataclass(frozen=True)
 class Method:
-    """How images are made. `schedule` is None for a source without inversion.
+    """How images are made. `schedule` is None for a source without inversion; `summary` is for people.
 
     initial: where inversion starts (`calibration.initial`); settings: its iterations are the most that are run;
     soft_labels: whether the wanted class is asked for among others (SARDFQ) instead of alone.
@@ -87,11 +87,12 @@ DEFAULT_METHOD = "natural"
 class Plan:
     """One run, fixed to the last number: what is made, from which seed, in which batches.
 
-    iterations: per batch, or None to stop a batch when its images are good enough; batch_size: canvases optimised
-    together; initial, schedule, learning_rate: where given, instead of the method's own.
+    method: a name in `METHODS`, or a composition of one's own; iterations: per batch, or None to stop a batch when its
+    images are good enough; batch_size: canvases optimised together; initial, schedule, learning_rate: where given,
+    instead of the method's own.
     """
 
-    method: str
+    method: str | Method
     num_images: int
     iterations: int | None
     batch_size: int
@@ -102,13 +103,12 @@ class Plan:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if isinstance(self.method, str) and self.method not in METHODS:
             raise DfqError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
-        for name in (
-            ("num_images", "batch_size") if self.iterations is None else ("num_images", "iterations", "batch_size")
-        ):
-            if getattr(self, name) < 1:
-                raise DfqError(f"{name} must be at least 1, not {getattr(self, name)}")
+        counts = {"num_images": self.num_images, "iterations": self.iterations, "batch_size": self.batch_size}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise DfqError(f"{name} must be at least 1, not {count}")
         if self.seed < 0:
             raise DfqError(f"the seed must not be negative, and {self.seed} is")
         if self.precision not in get_args(Precision):
@@ -117,8 +117,8 @@ class Plan:
             raise DfqError(f"unknown start {self.initial!r}: choose from {', '.join(INITIAL)}")
         given = {"initial": self.initial, "schedule": self.schedule, "learning_rate": self.learning_rate}
         meant = [name for name, value in given.items() if value is not None]
-        if METHODS[self.method].schedule is None and meant:
-            raise DfqError(f"{self.method} inverts nothing: {meant[0]} is not for it")
+        if self._method.schedule is None and meant:
+            raise DfqError(f"{self.name} inverts nothing: {meant[0]} is not for it")
         try:
             composed = self.composed
             if composed.schedule is not None:
@@ -127,9 +127,18 @@ class Plan:
             raise DfqError(str(error)) from error
 
     @property
+    def name(self) -> str:
+        """Of the method, `custom` for one without."""
+        return self.method if isinstance(self.method, str) else "custom"
+
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.method] if isinstance(self.method, str) else self.method
+
+    @property
     def composed(self) -> Method:
         """The method with everything that this plan changes in it."""
-        method = METHODS[self.method]
+        method = self._method
         settings = method.settings
         if self.iterations is not None:
             settings = replace(settings, iterations=self.iterations, enough=None)
@@ -164,7 +173,7 @@ class Plan:
         """Everything the images depend on, apart from the model."""
         method = self.composed
         run: dict[str, Any] = {
-            "method": self.method,
+            "method": self.name,
             "num_images": self.num_images,
             "batch_size": self.batch_size,
             "seed": self.seed,

@@ -3,7 +3,7 @@
 import dfq
 
 model = dfq.load_model("deit_tiny_patch16_224", checkpoint="deit_tiny.safetensors")
-calibration = dfq.generate(model, method="smi", num_images=32)
+calibration = dfq.generate(model, num_images=32)
 quantized = dfq.quantize(model, "w4a8", calibration=calibration)
 print(dfq.evaluate(quantized, "photographs/", baseline=model).table())
 dfq.save(quantized, "deit_tiny-w4a8")

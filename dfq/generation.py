@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 import calibration
-from calibration import CalibrationSet, PatchSchedule, Plan, ProgressiveStop
+from calibration import CalibrationSet, Method, PatchSchedule, Plan, ProgressiveStop
 from calibration.calibration_set import SetFolder
 from calibration.inversion import Progress
 from calibration.methods import DEFAULT_METHOD, SCHEDULES
@@ -34,7 +34,7 @@ def describe_run(model: Model, plan: Plan) -> dict[str, Any]:
 
 def generate(
     model: Model,
-    method: str = DEFAULT_METHOD,
+    method: str | Method = DEFAULT_METHOD,
     num_images: int = 32,
     *,
     iterations: int | Literal["auto"] = "auto",
@@ -51,10 +51,11 @@ def generate(
 ) -> CalibrationSet:
     """Make a calibration set without a single real image.
 
-    method: a name in `calibration.METHODS`, such as `natural` or `smi`; iterations: of Adam, per batch, or `auto`: each
-    batch runs until its images are good enough (docs/methods.md has the rule); batch_size: images optimised together;
-    seed: with it and the batch size the same images come out on the same hardware; precision: of the model's passes,
-    `auto` picks bf16 where the hardware has it.
+    method: a name in `calibration.METHODS`, such as `natural` or `smi`, or a `calibration.Method` of one's own;
+    iterations: of Adam, per batch, or `auto`: each batch runs until its images are good enough (docs/methods.md has the
+    rule), or as long as a method of one's own says; batch_size: canvases optimised together (of `pri`, each gives
+    several images); seed: with it and the batch size the same images come out on the same hardware; precision: of the
+    model's passes, `auto` picks bf16 where the hardware has it.
 
     initial (`noise`, `pink`, `leaves`), schedule (`dense`, `smi`, `pri`, or a PatchSchedule) and learning_rate replace
     the method's own.
@@ -108,14 +109,14 @@ def run_plan(
         if beyond:
             log.warning("patches never stop at %s: %d iterations are run at most", beyond, method.settings.iterations)
     if trace and method.schedule is None:
-        log.warning("%s inverts nothing, so there is no trace", plan.method)
+        log.warning("%s inverts nothing, so there is no trace", plan.name)
     folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite)
 
     iterations = 1 if method.schedule is None else method.settings.iterations
     started = time.monotonic()
     # One bar for the whole run: what is left is what a person wants to know.
     total = len(plan.batches) * iterations
-    with tqdm(total=total, desc=plan.method, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
+    with tqdm(total=total, desc=plan.name, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
 
         def on_step(batch: int, step: Progress) -> None:
             bar.n = batch * iterations + step.iteration
@@ -138,7 +139,7 @@ def run_plan(
             trace=trace,
         )
         bar.update(total - bar.n)
-    log.info("%s: %d images in %.1f s", plan.method, len(made), time.monotonic() - started)
+    log.info("%s: %d images in %.1f s", plan.name, len(made), time.monotonic() - started)
     return made
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import dfq
-from calibration import Dense, Plan, ProgressiveStop, Rebirth
+from calibration import Dense, Method, Objective, Plan, ProgressiveStop, Rebirth, Settings
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UnsupportedModelError, UsageError
 from dfq.generation import describe_run
@@ -220,3 +220,14 @@ def test_the_command_has_the_defaults_of_the_function() -> None:
     # Those that differ by nature: the command names its model and folder, and has --quiet for progress.
     for name in set(defaults) - {"model", "out", "progress"}:
         assert getattr(given, options[name]) == defaults[name]
+
+
+def test_a_method_of_ones_own(reference: Model, tmp_path: Path) -> None:
+    """Everything about it stands in the run, so another composition is another run."""
+    soft = Method("mine", Dense(), Objective({"cross_entropy": 1.0}), Settings(9, learning_rate=0.1), soft_labels=True)
+    images = dfq.generate(reference, soft, 2, out=tmp_path, progress=False)
+    assert images.run["method"] == "custom"
+    assert images.run["inversion"]["objective"] == {"cross_entropy": 1.0}
+    assert (images.run["inversion"]["iterations"], images.run["inversion"]["soft_labels"]) == (9, True)
+    with pytest.raises(DfqError, match="another run"):
+        dfq.generate(reference, replace(soft, soft_labels=False), 2, out=tmp_path, progress=False)
