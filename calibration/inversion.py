@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +71,13 @@ class Inverted:
     """What became of B canvases: M = B * images_per_canvas images, those of one canvas in a row.
 
     images: [M, 3, H, W], normalised; keep: M tensors [K], the patches that are part of each; confidence: [M], of the
-    wanted class, without jitter; iterations: how many were run.
+    wanted class, without jitter; finished: [M], after how many iterations each was; iterations: how many were run.
     """
 
     images: Tensor
     keep: list[Tensor]
     confidence: Tensor
+    finished: Tensor
     iterations: int
 
 
@@ -84,6 +85,15 @@ def pixel_bounds(mean: tuple[float, ...], std: tuple[float, ...], device: torch.
     """The normalised values of black and white, per channel: two tensors [1, 3, 1, 1]."""
     mean_, std_ = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
     return (0.0 - mean_) / std_, (1.0 - mean_) / std_
+
+
+class _Finished(NamedTuple):
+    """One image of each canvas: [B, 3, H, W], [B, K], [B], and after how many iterations."""
+
+    images: Tensor
+    keep: Tensor
+    confidence: Tensor
+    iterations: int
 
 
 class _Best:
@@ -147,6 +157,8 @@ def invert(
 
     Raises DfqError where the schedule needs what the model lacks, `DivergedError` where numbers stop being finite.
     """
+    if torch.is_inference_mode_enabled():
+        raise DfqError("inversion takes gradients, and torch.inference_mode() forbids them: use torch.no_grad() there")
     grid, device = PatchGrid.of(vit), initial.device
     decisions = schedule.decisions(settings.iterations)
     settled = decisions[-1] if decisions else 0
@@ -165,7 +177,7 @@ def invert(
     adam = torch.optim.Adam([pixels], lr=settings.learning_rate, betas=settings.betas, fused=True)
     keep = torch.arange(grid.num_patches, device=device).expand(len(pixels), -1)
     best, enough = _Best(pixels), _Enough(settings.enough)
-    finished: list[tuple[Tensor, Tensor, Tensor]] = []
+    finished: list[_Finished] = []
     dtype = resolve_precision(precision, device)
     with open_passes(vit, loss, labels, dtype=dtype, sparse=bool(decisions), count=part or len(pixels)) as passes:
         for iteration in range(settings.iterations):
@@ -173,7 +185,7 @@ def invert(
                 choice = schedule.choose(keep, passes.saliency(pixels, keep), decisions.index(iteration))
                 if choice.finished is not None:
                     confidence = _probability(passes.logits(pixels, choice.finished), labels)
-                    finished.append((pixels.clone(), choice.finished, confidence))
+                    finished.append(_Finished(pixels.clone(), choice.finished, confidence, iteration))
                 keep = choice.stay
             if trace is not None and iteration in watched:
                 trace.see(iteration, pixels, keep)
@@ -206,7 +218,7 @@ def invert(
         confidence = _probability(passes.logits(best.images, keep), labels)
     if trace is not None:
         trace.see(done, best.images, keep)
-    return _gathered([*finished, (best.images, keep, confidence)], done)
+    return _gathered([*finished, _Finished(best.images, keep, confidence, done)])
 
 
 def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
@@ -221,14 +233,15 @@ def _probability(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.softmax(-1).gather(1, wanted.view(-1, 1))[:, 0]
 
 
-def _gathered(finished: list[tuple[Tensor, Tensor, Tensor]], iterations: int) -> Inverted:
+def _gathered(finished: list[_Finished]) -> Inverted:
     """The images of each canvas in the order they were finished, canvas after canvas."""
-    canvases = len(finished[0][0])
+    canvases = len(finished[0].images)
     return Inverted(
-        images=torch.stack([images for images, _, _ in finished], dim=1).flatten(0, 1),
-        keep=[keep[canvas] for canvas in range(canvases) for _, keep, _ in finished],
-        confidence=torch.stack([confidence for _, _, confidence in finished], dim=1).flatten(),
-        iterations=iterations,
+        images=torch.stack([one.images for one in finished], dim=1).flatten(0, 1),
+        keep=[one.keep[canvas] for canvas in range(canvases) for one in finished],
+        confidence=torch.stack([one.confidence for one in finished], dim=1).flatten(),
+        finished=torch.tensor([one.iterations for one in finished]).repeat(canvases),
+        iterations=finished[-1].iterations,
     )
 
 

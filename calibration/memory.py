@@ -10,23 +10,24 @@ from torch import Tensor, nn
 from calibration.passes import as_fixed_function
 from calibration.tokens import PatchGrid
 
-SHARE = 0.6
-"""Of the free memory that one pass may plan with; the rest is for the optimiser, kernels' scratch and neighbours."""
+SHARE = 0.5
+"""Of all memory that one pass may plan with; the rest is for the model, the optimiser, kernels' scratch, neighbours.
+
+Of all there is, not of what is free: rounding differs with the number of images in a pass, and the same machine is to
+make the same images on another day.
+"""
 
 
 def images_that_fit(vit: nn.Module, dtype: torch.dtype) -> int | None:
-    """Images whose passes fit into free memory together, at least 1; None where what is free is not known."""
-    device = next(vit.parameters()).device
-    free = free_bytes(device)
-    return None if free is None else max(1, int(SHARE * free / activation_bytes(vit, dtype)))
+    """Images whose passes fit into memory together, at least 1; None where nobody knows how much there is."""
+    memory = memory_bytes(next(vit.parameters()).device)
+    return None if memory is None else max(1, int(SHARE * memory / activation_bytes(vit, dtype)))
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on `device`; under Linux that of the machine or of the container, whichever is less."""
+def memory_bytes(device: torch.device) -> int | None:
+    """All memory of `device`; under Linux that of the machine or of the container, whichever is less."""
     if device.type == "cuda":
-        # What torch holds in reserve is as good as free.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type != "cpu":
         return None
     return _least(_of_machine(Path("/proc/meminfo")), _of_container(Path("/sys/fs/cgroup")))
@@ -40,15 +41,15 @@ def _of_machine(meminfo: Path) -> int | None:
     if not meminfo.is_file():
         return None
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    return int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else None
 
 
 def _of_container(cgroup: Path) -> int | None:
-    """By control group version 2; its cache counts as used, so this errs on the safe side."""
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":
+    """By control group version 2."""
+    limit = cgroup / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
         return None
-    return max(0, int(limit.read_text()) - int(used.read_text()))
+    return int(limit.read_text())
 
 
 def activation_bytes(vit: nn.Module, dtype: torch.dtype) -> int:

@@ -184,10 +184,6 @@ class Plan:
             "initial": method.initial,
         }
         if method.schedule is not None:
-            if method.schedule.images_per_canvas > grid.num_patches:
-                raise DfqError(
-                    f"{grid.num_patches} patches cannot be divided into {method.schedule.images_per_canvas} images"
-                )
             run["inversion"] = inversion.describe(method.objective, method.schedule, method.settings)
             run["inversion"]["soft_labels"] = method.soft_labels
             run["precision"] = self.precision
@@ -199,6 +195,9 @@ def check_method(vit: nn.Module, plan: Plan) -> None:
     method = plan.composed
     if method.schedule is None:
         return
+    patches, images = PatchGrid.of(vit).num_patches, method.schedule.images_per_canvas
+    if images > patches:
+        raise DfqError(f"{patches} patches cannot be divided into {images} images")
     if method.schedule.decisions(method.settings.iterations):
         saliency_kind(vit)
     with capture(vit, method.objective.needs):
@@ -251,7 +250,7 @@ def make_batch(
         mean=mean,
         std=std,
         run=run,
-        iterations=torch.full((count,), result.iterations),
+        iterations=result.finished[:count],
     )
 
 
@@ -306,6 +305,7 @@ def generate(
 ) -> CalibrationSet:
     """All batches of `plan`; those `folder` already holds are read, the others are made and kept there.
 
+    run: what the images depend on, `plan.describe` and the model, for the record.
     class_names: for the captions of `preview.png`; trace: leave `trace.png` of the first batch in the folder too.
     """
     check_method(vit, plan)
@@ -319,7 +319,7 @@ def generate(
             and batch == 0
             and not (folder.path / "trace.png").exists()
         ):
-            log.warning("no trace: the first batch is there already, and how it came about is not known any more")
+            log.warning("no trace: the first batch is there already; delete the set and make it again for one")
         if part is None:
             report = None if on_step is None else (lambda progress, batch=batch: on_step(batch, progress))
             watched = Trace(PatchGrid.of(vit), mean, std) if trace and folder is not None and batch == 0 else None

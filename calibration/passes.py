@@ -171,7 +171,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _is_out_of_memory(error: RuntimeError) -> bool:
     # Only CUDA's allocator has a type of its own for it; drivers and CPUs word a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or any(
-        said in str(error) for said in ("out of memory", "not enough memory", "can't allocate memory")
+        said in str(error) for said in ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     )
 
 

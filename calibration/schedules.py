@@ -85,6 +85,11 @@ class ProgressiveStop:
     def images_per_canvas(self) -> int:
         return 1
 
+    @property
+    def num_stops(self) -> int:
+        """How often patches stop in a run that is long enough."""
+        return len(PUBLISHED_STOPS if self.stops is None else self.stops)
+
     def decisions(self, iterations: int) -> tuple[int, ...]:
         stops = list(self.stops or ())
         if self.stops is None:
@@ -95,7 +100,8 @@ class ProgressiveStop:
         return tuple(stop for stop in stops if stop < iterations)
 
     def choose(self, keep: Tensor, scores: Tensor, decision: int) -> Choice:
-        count = max(1, int(keep.shape[1] * (1.0 - self.ratio)))
+        # Rounded before it is cut off: 100 * (1 - 0.9) is a little less than 10 in floating point.
+        count = max(1, int(round(keep.shape[1] * (1.0 - self.ratio), 6)))
         best = scores.topk(count, dim=1).indices
         return Choice(keep.gather(1, best).sort(dim=1).values)
 

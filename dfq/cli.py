@@ -12,14 +12,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfq.options import build_parser
 
 if TYPE_CHECKING:
-    from calibration import CalibrationSet, PatchSchedule, Plan
+    from calibration import CalibrationSet, Plan
     from dfq.models import Model
 
 GATE_FAILED = 3
@@ -97,6 +96,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     import dfq
+    from calibration import check_method
     from dfq.checkpoint import claim_directory
     from dfq.generation import describe_run
     from dfq.ptq.engine import check_calibration, prepare
@@ -111,6 +111,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     prepare(model, widths, recipe)
     images = _given_images(arguments, model)
     if images is None:
+        check_method(model.module, plan)
         calibration = {"num_images": plan.num_images, "run": describe_run(model, plan)}
     else:
         check_calibration(model, images)
@@ -248,53 +249,30 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     """How images are to be generated. Raises UsageError: it is made before anything else is done."""
     from calibration import Plan
     from dfq.errors import DfqError, UsageError
+    from dfq.generation import chosen_schedule
 
     iterations = None if arguments.iterations == "auto" else arguments.iterations
+    schedule = chosen_schedule(
+        arguments.method,
+        arguments.schedule,
+        stops=arguments.stop_at,
+        ratio=arguments.stop_ratio,
+        division=arguments.division,
+    )
     try:
         return Plan(
-            arguments.method,
-            arguments.num_images,
-            iterations,
-            arguments.batch_size,
-            arguments.seed,
-            arguments.precision,
-            arguments.init,
-            _schedule(arguments),
-            arguments.learning_rate,
+            method=arguments.method,
+            num_images=arguments.num_images,
+            iterations=iterations,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            precision=arguments.precision,
+            initial=arguments.init,
+            schedule=schedule,
+            learning_rate=arguments.learning_rate,
         )
     except (DfqError, ValueError) as error:
         raise UsageError(str(error)) from error
-
-
-def _schedule(arguments: argparse.Namespace) -> PatchSchedule | None:
-    """What the options make of the method's schedule; None where they leave it alone."""
-    from calibration import METHODS, ProgressiveStop, Rebirth
-    from calibration.methods import SCHEDULES
-    from dfq.errors import UsageError
-
-    schedule = None
-    if arguments.schedule is not None:
-        schedule = SCHEDULES[arguments.schedule]
-    elif arguments.method in METHODS:
-        schedule = METHODS[arguments.method].schedule
-    stops = None if arguments.stop_at is None else tuple(arguments.stop_at)
-    changes: dict[str, dict[str, Any]] = {
-        "smi": {"stops": stops, "ratio": arguments.stop_ratio},
-        "pri": {"division": arguments.division},
-    }
-    given = {
-        kind: {name: value for name, value in values.items() if value is not None} for kind, values in changes.items()
-    }
-    if given["smi"] and not isinstance(schedule, ProgressiveStop):
-        raise UsageError("--stop-at and --stop-ratio belong to --schedule smi")
-    if given["pri"] and not isinstance(schedule, Rebirth):
-        raise UsageError("--division belongs to --schedule pri")
-    if isinstance(schedule, ProgressiveStop):
-        schedule = replace(schedule, **given["smi"])
-    elif isinstance(schedule, Rebirth):
-        schedule = replace(schedule, **given["pri"])
-    unchanged = arguments.schedule is None and not any(given.values())
-    return None if unchanged else schedule
 
 
 def _model(arguments: argparse.Namespace) -> Model:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 import calibration
-from calibration import CalibrationSet, Method, PatchSchedule, Plan, ProgressiveStop
+from calibration import CalibrationSet, Method, PatchSchedule, Plan, ProgressiveStop, Rebirth
 from calibration.calibration_set import SetFolder
 from calibration.inversion import Progress
-from calibration.methods import DEFAULT_METHOD, SCHEDULES
-from calibration.passes import Precision
+from calibration.methods import DEFAULT_METHOD, METHODS, SCHEDULES
+from calibration.passes import Precision, resolve_precision
 from calibration.tokens import PatchGrid
 from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
 from dfq.errors import UsageError
@@ -26,10 +28,43 @@ log = logging.getLogger("dfq")
 
 
 def describe_run(model: Model, plan: Plan) -> dict[str, Any]:
-    """Everything the images of a run depend on; two runs with the same description give the same set."""
+    """Everything the images of a run depend on, but for the make of the hardware and the versions of the libraries."""
     preprocessing = model.preprocessing
-    described = plan.describe(preprocessing.mean, preprocessing.std, PatchGrid.of(model.module))
-    return described | {"model": model.origin.to_dict()}
+    run = plan.describe(preprocessing.mean, preprocessing.std, PatchGrid.of(model.module))
+    if "precision" in run:
+        # As it is, not as it was asked for: a set begun in one precision is not to be finished in another.
+        run["precision"] = str(resolve_precision(plan.precision, model.device)).removeprefix("torch.")
+        run["device"] = model.device.type
+    return run | {"model": model.origin.to_dict()}
+
+
+def chosen_schedule(
+    method: str,
+    schedule: str | None,
+    *,
+    stops: Sequence[int] | None = None,
+    ratio: float | None = None,
+    division: int | None = None,
+) -> PatchSchedule | None:
+    """A schedule by name with what is to be other about it; None where the method's own is left as it is.
+
+    stops, ratio: of `smi`; division: of `pri`. Raises UsageError where they are not for the schedule.
+    """
+    named = SCHEDULES[schedule] if schedule is not None else getattr(METHODS.get(method), "schedule", None)
+    stopping: dict[str, Any] = {} if stops is None else {"stops": tuple(stops)}
+    stopping |= {} if ratio is None else {"ratio": ratio}
+    if stopping and not isinstance(named, ProgressiveStop):
+        raise UsageError("--stop-at and --stop-ratio belong to --schedule smi")
+    if division is not None and not isinstance(named, Rebirth):
+        raise UsageError("--division belongs to --schedule pri")
+    try:
+        if isinstance(named, ProgressiveStop) and stopping:
+            return replace(named, **stopping)
+        if isinstance(named, Rebirth) and division is not None:
+            return replace(named, division=division)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return None if schedule is None else named
 
 
 def generate(
@@ -76,15 +111,15 @@ def generate(
     if isinstance(iterations, str) and iterations != "auto":
         raise UsageError(f"iterations must be a number or auto, not {iterations!r}")
     plan = Plan(
-        method,
-        num_images,
-        None if iterations == "auto" else iterations,
-        batch_size,
-        seed,
-        precision,
-        initial,
-        schedule,
-        learning_rate,
+        method=method,
+        num_images=num_images,
+        iterations=None if iterations == "auto" else iterations,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+        initial=initial,
+        schedule=schedule,
+        learning_rate=learning_rate,
     )
     return run_plan(model, plan, trace=trace, out=out, overwrite=overwrite, progress=progress)
 
@@ -104,13 +139,14 @@ def run_plan(
     run = describe_run(model, plan)
     calibration.check_method(model.module, plan)
     method = plan.composed
+    folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite)
     if isinstance(method.schedule, ProgressiveStop):
-        beyond = [stop for stop in method.schedule.stops or () if stop >= method.settings.iterations]
-        if beyond:
-            log.warning("patches never stop at %s: %d iterations are run at most", beyond, method.settings.iterations)
+        stops = method.schedule.num_stops
+        left = len(method.schedule.decisions(method.settings.iterations))
+        if left < stops:
+            log.warning("patches stop %d times instead of %d in %d iterations", left, stops, method.settings.iterations)
     if trace and method.schedule is None:
         log.warning("%s inverts nothing, so there is no trace", plan.name)
-    folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite)
 
     iterations = 1 if method.schedule is None else method.settings.iterations
     started = time.monotonic()

@@ -121,7 +121,7 @@ def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> N
 
 
 def _generation_options(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("calibration images")
+    group = command.add_argument_group("calibration images, where they are made")
     group.add_argument("--method", default="natural", metavar="NAME", help="see `dfq list methods` (%(default)s)")
     group.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="how many (%(default)s)")
     group.add_argument(
@@ -129,7 +129,7 @@ def _generation_options(command: argparse.ArgumentParser) -> None:
         type=_iterations,
         default="auto",
         metavar="N",
-        help="of inversion; auto: until the images are good enough; published: 4000 (%(default)s)",
+        help="of inversion, per batch; auto: until its images are good enough, at most the method's own (%(default)s)",
     )
     group.add_argument(
         "-b", "--batch-size", type=_positive, default=32, metavar="N", help="canvases inverted together (%(default)s)"
@@ -144,7 +144,11 @@ def _generation_options(command: argparse.ArgumentParser) -> None:
         "--schedule", choices=("dense", "smi", "pri"), help="which patches are inverted when (the method's own)"
     )
     group.add_argument(
-        "--stop-at", type=_count, nargs="+", metavar="N", help="smi: iterations at which patches stop (in proportion)"
+        "--stop-at",
+        type=_count,
+        nargs="+",
+        metavar="N",
+        help="smi: iterations at which patches stop (1/80 to 3/40 of all)",
     )
     group.add_argument("--stop-ratio", type=_finite, metavar="X", help="smi: share that stops each time (0.3)")
     group.add_argument("--division", type=_positive, metavar="V", help="pri: images of one canvas (4)")

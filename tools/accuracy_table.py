@@ -119,6 +119,8 @@ def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace
         return real, {"iterations": 0, "generate_seconds": 0.0}
     composition, _, iterations = source.partition("@")
     method, _, schedule = composition.partition("/")
+    if iterations and not iterations.isdigit():
+        raise SystemExit(f"{source}: after @ comes a number of iterations")
     out = arguments.results.parent / f"{model.name}-{source.replace('/', '-')}-seed{arguments.seed}"
     timing = out.with_suffix(".seconds")
     started = time.monotonic()
@@ -126,7 +128,7 @@ def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace
         model,
         method,
         arguments.num_images,
-        iterations=int(iterations) if iterations.isdigit() else "auto",
+        iterations=int(iterations) if iterations else "auto",
         schedule=schedule or None,
         seed=arguments.seed,
         out=out,

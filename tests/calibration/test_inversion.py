@@ -230,6 +230,17 @@ class TestWhatIsMade:
         assert [keep.tolist() for keep in first.keep] == [keep.tolist() for keep in again.keep]
         assert not torch.equal(first.images, other.images)
 
+    def test_callers_who_forbid_gradients_for_good(self, make_vit: Any) -> None:
+        vit = make_vit()
+        with torch.inference_mode(), pytest.raises(DfqError, match=r"torch\.inference_mode\(\) forbids them"):
+            run(vit)
+
+    def test_how_the_start_lies_in_memory_does_not_matter(self, make_vit: Any) -> None:
+        vit, initial = make_vit(), noise()
+        scattered = initial.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+        assert not scattered.is_contiguous()
+        assert torch.equal(run(vit, initial=scattered).images, run(vit, initial=initial).images)
+
     def test_callers_under_no_grad(self, make_vit: Any) -> None:
         vit = make_vit()
         expected = run(vit)

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
-from calibration import METHODS, generate, inversion, load_calibration_set, memory, methods
+from calibration import METHODS, check_method, generate, inversion, load_calibration_set, memory, methods
 from calibration.augment import RollAndFlip
 from calibration.calibration_set import CalibrationSet, SetFolder, normalise
 from calibration.errors import DfqError
@@ -128,12 +128,12 @@ class TestThePlan:
             plan_of(**{"method": "smi"} | change)
         assert str(raised.value) == message
 
-    def test_more_images_of_a_canvas_than_it_has_patches(self) -> None:
+    def test_more_images_of_a_canvas_than_it_has_patches(self, vit: VisionTransformer) -> None:
         """Told as soon as the grid is known, before anything is made."""
         plan = plan_of(method="pri", schedule=Rebirth(17), iterations=40)
         with pytest.raises(DfqError, match="16 patches cannot be divided into 17 images"):
-            plan.describe(MEAN, STD, GRID)
-        assert plan_of(method="pri", schedule=Rebirth(16), iterations=40).describe(MEAN, STD, GRID)
+            check_method(vit, plan)
+        check_method(vit, plan_of(method="pri", schedule=Rebirth(16), iterations=40))
 
     def test_the_named_methods(self) -> None:
         published = {"cross_entropy": 1.0, "total_variation": 1e-4}
@@ -289,7 +289,7 @@ class TestWhatIsMade:
             assert (made.mask[first : first + 3].sum(0) == 1).all()
             assert len(made.labels[first : first + 3].unique()) == 1
         assert not (made.mask[6] & made.mask[7]).any()
-        assert made.iterations.tolist() == [6] * 8
+        assert made.iterations.tolist() == [2, 4, 6, 2, 4, 6, 2, 4]
         assert made.confidence.shape == (8,)
         # The batch sizes are of canvases: labels are drawn for two, then for one more.
         drawn = [
@@ -514,7 +514,7 @@ class TestMemory:
         self, vit: VisionTransformer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[torch.dtype] = []
-        monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+        monkeypatch.setattr(memory, "memory_bytes", lambda device: None)
         monkeypatch.setattr(methods, "images_that_fit", lambda vit, dtype: asked.append(dtype))
         for precision in ("fp32", "bf16"):
             one(vit, plan_of(precision=precision), 0)

@@ -88,7 +88,12 @@ class TestProgressiveStop:
         stays = ProgressiveStop(ratio=ratio).choose(keep, scores, 0).stay[0].tolist()
         score = dict(zip(keep[0].tolist(), scores[0].tolist(), strict=True))
         ranked = sorted(score, key=lambda patch: -score[patch])
-        assert stays == sorted(ranked[: max(1, int(count * (1 - ratio)))])
+        assert stays == sorted(ranked[: max(1, int(round(count * (1 - ratio), 6)))])
+
+    @pytest.mark.parametrize(("ratio", "stay"), [(0.9, 10), (0.8, 20), (0.7, 30)])
+    def test_shares_that_floating_point_cannot_hold(self, ratio: float, stay: int) -> None:
+        keep = torch.arange(100)[None]
+        assert ProgressiveStop(ratio=ratio).choose(keep, random_scores(keep), 0).stay.shape[1] == stay
 
     def test_one_patch_always_stays(self) -> None:
         keep, scores = torch.tensor([[7, 8]]), torch.tensor([[0.1, 0.2]])

@@ -149,7 +149,7 @@ def test_sparse_images_of_a_canvas_and_their_trace(tmp_path: Path, capsys: pytes
     assert (out / "trace.png").is_file()
     made = dfq.load_calibration_set(out)
     assert made.iterations is not None
-    assert made.iterations.tolist() == [8] * 6
+    assert made.iterations.tolist() == [2, 4, 6, 8, 2, 4]
     # Killed after its first batch, and run again.
     before = files_below(out)
     manifest = json.loads(before["manifest.json"])

@@ -17,6 +17,7 @@ from torch import nn
 import dfq
 from calibration import Dense, Method, Objective, Plan, ProgressiveStop, Rebirth, Settings
 from calibration.calibration_set import CalibrationSet
+from calibration.passes import resolve_precision
 from dfq.errors import DfqError, UnsupportedModelError, UsageError
 from dfq.generation import describe_run
 from dfq.models import Model
@@ -206,9 +207,19 @@ def test_a_budget_that_ends_before_the_last_stop_is_told(
         dfq.generate(model, "smi", 1, iterations=iterations, schedule=ProgressiveStop((50, 100, 200, 300)))
     assert any(record.levelname == "WARNING" for record in caplog.records) is told
     caplog.clear()
-    # In proportion they always fit.
+    # In proportion they fit, but for the shortest runs.
     dfq.generate(model, "smi", 1, iterations=iterations)
     assert not caplog.records
+    dfq.generate(model, "smi", 1, iterations=3)
+    assert "patches stop 2 times instead of 4 in 3 iterations" in caplog.text
+
+
+def test_the_run_says_in_which_precision_it_was_made(reference: Model) -> None:
+    """A set begun in one precision is another run in another, also where both times `auto` was asked for."""
+    run = made(reference, "dense", 1, precision="auto").run
+    assert run["precision"] == str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+    assert run["device"] == "cpu"
+    assert made(reference, "dense", 1, precision="fp32").run["precision"] == "float32"
 
 
 def test_the_command_has_the_defaults_of_the_function() -> None:
