@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.layers.attention import Attention as AttentionLayer
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 from calibration.errors import DfqError
@@ -95,9 +97,8 @@ def capture(vit: nn.Module, needs: frozenset[Need]) -> Iterator[Attention]:
             exit_ = layer.norm if isinstance(layer, AttentionLayer) else layer.proj
             stack.enter_context(exit_.register_forward_pre_hook(_output_hook(captured, layer.num_heads, prefix)))
         for block, layer in class_attention_layers(vit).items() if "class_attention" in needs else ():
-            on_query, on_key = _class_attention_hooks(captured, block, layer.scale, prefix)
-            stack.enter_context(layer.q_norm.register_forward_hook(on_query))
-            stack.enter_context(layer.k_norm.register_forward_hook(on_key))
+            receive = partial(_keep_class_attention, captured, block, prefix)
+            stack.enter_context(attention_rows(layer, slice(0, 1), lambda: captured.active, receive))
         yield captured
 
 
@@ -111,20 +112,34 @@ def _output_hook(captured: Attention, num_heads: int, prefix: int) -> Callable[[
     return on_outputs
 
 
-_Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
+def _keep_class_attention(captured: Attention, block: int, prefix: int, rows: Tensor) -> None:
+    captured.class_attention[block] = rows[:, :, 0, prefix:]
 
 
-def _class_attention_hooks(captured: Attention, block: int, scale: float, prefix: int) -> tuple[_Hook, _Hook]:
-    """For `q_norm` and `k_norm`, which queries and keys pass in this order even where they are not normalised."""
-    query: list[Tensor] = []
+@contextmanager
+def attention_rows(
+    layer: Any, queries: slice, active: Callable[[], bool], receive: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """While it is open, `receive` gets rows of the layer's attention map from each pass made while `active()`.
 
-    def on_query(_module: nn.Module, _args: tuple[Tensor], queries: Tensor) -> None:
-        if captured.active:
-            query[:] = [queries[:, :, :1] * scale]
+    layer: a timm module with `q_norm`, `k_norm` and `scale`; queries: the tokens whose rows these are. Rows come as
+    [B, heads, queries, tokens] in float32. Queries and keys are those the model itself makes: they pass the two norms
+    in this order even where they are not normalised. Nothing is computed twice, and no other row is formed.
+    """
+    waiting: list[Tensor] = []
 
-    def on_key(_module: nn.Module, _args: tuple[Tensor], keys: Tensor) -> None:
-        if captured.active:
-            row = (query.pop() @ keys.transpose(-2, -1)).float().softmax(-1)
-            captured.class_attention[block] = row[:, :, 0, prefix:]
+    def on_query(_module: nn.Module, _args: object, vectors: Tensor) -> None:
+        if active():
+            waiting[:] = [_heads_first(layer, vectors)[:, :, queries] * layer.scale]
 
-    return on_query, on_key
+    def on_key(_module: nn.Module, _args: object, vectors: Tensor) -> None:
+        if active() and waiting:
+            receive((waiting.pop() @ _heads_first(layer, vectors).transpose(-2, -1)).float().softmax(-1))
+
+    with layer.q_norm.register_forward_hook(on_query), layer.k_norm.register_forward_hook(on_key):
+        yield
+
+
+def _heads_first(layer: Any, vectors: Tensor) -> Tensor:
+    """[B, heads, N, d], whichever of the two layouts the layer has where it normalises queries and keys."""
+    return vectors.transpose(1, 2) if isinstance(layer, ParallelScalingBlock) else vectors

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calibration.passes import as_fixed_function
+from calibration.passes import as_fixed_function, low_precision
 from calibration.tokens import PatchGrid
 
 SHARE = 0.5
@@ -73,7 +73,7 @@ def _kept_bytes(vit: nn.Module, dtype: torch.dtype, count: int) -> int:
         torch.enable_grad(),
         as_fixed_function(vit),
         torch.autograd.graph.saved_tensors_hooks(count_in, lambda tensor: tensor),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+        low_precision(device, dtype),
     ):
         # The graph is held until all is counted: a storage that is freed gives its address to another.
         logits = vit(images)

@@ -42,6 +42,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.float32
 
 
+def low_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which the model computes in `dtype`: autocast for bfloat16, nothing for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 @contextmanager
 def as_fixed_function(vit: nn.Module) -> Iterator[None]:
     """The model as a fixed function of its input: evaluation mode, no weight gradients, all put back afterwards.
@@ -142,7 +147,7 @@ class Passes:
     def _logits(self, images: Tensor, keep: Tensor | None) -> Tensor:
         if self.gather is not None:
             self.gather.keep = keep
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with low_precision(images.device, self.dtype):
             logits: Tensor = self.vit(images)
         return logits.float()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +13,8 @@ from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from calibration.attention import attention_rows
 from calibration.errors import DfqError
 
 
@@ -74,25 +74,14 @@ def saliency_kind(vit: nn.Module) -> str:
 class SaliencyProbe:
     """Remembers how much attention each patch got in the forward passes made while `active`."""
 
-    def __init__(self, reading: _Reading) -> None:
+    def __init__(self, num_prefix_keys: int) -> None:
         self.active = False
-        self._reading = reading
-        self._query: Tensor | None = None
+        self._num_prefix_keys = num_prefix_keys
         self._scores: dict[Any, Tensor] = {}
 
-    def keep_query(self, attention: Any, query: Tensor) -> None:
-        """query: what came out of `attention.q_norm`."""
-        if self.active:
-            self._query = _heads_first(attention, query.detach())[:, :, self._reading.queries]
-
-    def score(self, attention: Any, key: Tensor) -> None:
-        """key: what came out of `attention.k_norm`, which timm calls right after `q_norm`."""
-        if self.active and self._query is not None:
-            keys = _heads_first(attention, key.detach())
-            logits = (self._query * attention.scale) @ keys.transpose(-2, -1)  # [B, heads, queries, tokens]
-            received = logits.float().softmax(-1).mean((1, 2))
-            self._scores[attention] = received[:, self._reading.num_prefix_keys :]
-            self._query = None
+    def score(self, attention: Any, rows: Tensor) -> None:
+        """rows: of the attention map of `attention`, [B, heads, queries, tokens]."""
+        self._scores[attention] = rows.detach().mean((1, 2))[:, self._num_prefix_keys :]
 
     @property
     def scores(self) -> Tensor:
@@ -103,11 +92,6 @@ class SaliencyProbe:
         if not self._scores:
             raise RuntimeError("no forward pass was made while the probe was active")
         return torch.stack(list(self._scores.values())).mean(0)
-
-
-def _heads_first(attention: Any, vectors: Tensor) -> Tensor:
-    """[B, heads, N, d], whichever of the two layouts the module has where it normalises queries and keys."""
-    return vectors.transpose(1, 2) if isinstance(attention, ParallelScalingBlock) else vectors
 
 
 @contextmanager
@@ -124,17 +108,13 @@ def saliency_probe(vit: nn.Module) -> Iterator[SaliencyProbe]:
       to, and each of those counts alike. The share a patch has in the mean by its own token is left out: it is the
       same for all.
 
-    Queries and keys are taken as the model itself makes them, and only while the probe is `active`; no other part of
-    the map is formed. Raises DfqError, with the reason, for any other model.
+    The map is formed only while the probe is `active`, and no more of it than this takes. Raises DfqError, with the
+    reason, for any other model.
     """
     reading = _reading_of(vit)
-    probe = SaliencyProbe(reading)
+    probe = SaliencyProbe(reading.num_prefix_keys)
     with ExitStack() as hooks:
         for attention in reading.attentions:
-            hooks.enter_context(_on_output(attention.q_norm, partial(probe.keep_query, attention)))
-            hooks.enter_context(_on_output(attention.k_norm, partial(probe.score, attention)))
+            receive = partial(probe.score, attention)
+            hooks.enter_context(attention_rows(attention, reading.queries, lambda: probe.active, receive))
         yield probe
-
-
-def _on_output(module: nn.Module, receive: Callable[[Tensor], None]) -> RemovableHandle:
-    return module.register_forward_hook(lambda _module, _args, out: receive(out))

@@ -232,14 +232,7 @@ def _models(filter: str) -> list[tuple[str, str]]:
         raise DfqError(f"no model that dfq knows is called {filter!r}; wildcards help: 'vit_tiny*'")
     if not filter:
         return [(name, "") for name in names]
-    rows = []
-    for support in map(describe_support, names):
-        done = {"dense inversion": support.dense_refusal, "sparse": support.sparse_refusal}
-        done["quantization"] = support.quantization_refusal
-        reasons = [reason for reason in done.values() if reason is not None]
-        can = [what for what, refusal in done.items() if refusal is None]
-        rows.append((support.name, "; ".join([", ".join(can) or "nothing", *dict.fromkeys(reasons)])))
-    return rows
+    return [(name, describe_support(name).describe()) for name in names]
 
 
 _MODEL_CHANGES = ("random_weights", "image_size", "mean", "std", "interpolation", "crop_pct")
@@ -271,7 +264,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
             schedule=schedule,
             learning_rate=arguments.learning_rate,
         )
-    except (DfqError, ValueError) as error:
+    except DfqError as error:
         raise UsageError(str(error)) from error
 
 

@@ -39,7 +39,7 @@ def describe_run(model: Model, plan: Plan) -> dict[str, Any]:
 
 
 def chosen_schedule(
-    method: str,
+    method: str | Method,
     schedule: str | None,
     *,
     stops: Sequence[int] | None = None,
@@ -48,23 +48,26 @@ def chosen_schedule(
 ) -> PatchSchedule | None:
     """A schedule by name with what is to be other about it; None where the method's own is left as it is.
 
-    stops, ratio: of `smi`; division: of `pri`. Raises UsageError where they are not for the schedule.
+    stops, ratio: of `smi`; division: of `pri`. Raises UsageError where they are not for the schedule, or nobody knows
+    it.
     """
-    named = SCHEDULES[schedule] if schedule is not None else getattr(METHODS.get(method), "schedule", None)
-    stopping: dict[str, Any] = {} if stops is None else {"stops": tuple(stops)}
-    stopping |= {} if ratio is None else {"ratio": ratio}
-    if stopping and not isinstance(named, ProgressiveStop):
+    if schedule is not None and schedule not in SCHEDULES:
+        raise UsageError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+    given = {"stops": None if stops is None else tuple(stops), "ratio": ratio, "division": division}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        return None if schedule is None else SCHEDULES[schedule]
+    known = METHODS.get(method) if isinstance(method, str) else method
+    changed: Any = SCHEDULES[schedule] if schedule is not None else getattr(known, "schedule", None)
+    if changes.keys() & {"stops", "ratio"} and not isinstance(changed, ProgressiveStop):
         raise UsageError("--stop-at and --stop-ratio belong to --schedule smi")
-    if division is not None and not isinstance(named, Rebirth):
+    if "division" in changes and not isinstance(changed, Rebirth):
         raise UsageError("--division belongs to --schedule pri")
     try:
-        if isinstance(named, ProgressiveStop) and stopping:
-            return replace(named, **stopping)
-        if isinstance(named, Rebirth) and division is not None:
-            return replace(named, division=division)
+        chosen: PatchSchedule = replace(changed, **changes)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return None if schedule is None else named
+    return chosen
 
 
 def generate(
@@ -105,9 +108,7 @@ def generate(
     if trace and out is None:
         raise UsageError("a trace is a picture in the folder of the set: give out")
     if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise UsageError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
-        schedule = SCHEDULES[schedule]
+        schedule = chosen_schedule(method, schedule)
     if isinstance(iterations, str) and iterations != "auto":
         raise UsageError(f"iterations must be a number or auto, not {iterations!r}")
     plan = Plan(

@@ -212,6 +212,17 @@ class Support:
     sparse_refusal: str | None
     quantization_refusal: str | None
 
+    def describe(self) -> str:
+        """One line for people: what can be done, then the reasons for the rest."""
+        refusals = {
+            "dense inversion": self.dense_refusal,
+            "sparse": self.sparse_refusal,
+            "quantization": self.quantization_refusal,
+        }
+        can = ", ".join(what for what, refusal in refusals.items() if refusal is None)
+        reasons = dict.fromkeys(refusal for refusal in refusals.values() if refusal is not None)
+        return "; ".join([can or "nothing", *reasons])
+
 
 def describe_support(name: str) -> Support:
     """What can be done with a timm name, or `reference`. It is built without weights (about 0.2 s); nothing is read.
