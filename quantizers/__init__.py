@@ -2,16 +2,21 @@
 
 from quantizers.base import Quantizer
 from quantizers.granularity import Granularity, PerAxis, PerTensor, granularity_from_dict
+from quantizers.logarithmic import LogQuantizer
+from quantizers.outliers import OutlierQuantizer, outlier_channels
 from quantizers.packing import pack, packed_length, unpack
 from quantizers.ranges import MSE, MinMax, Percentile, RangeSearch, range_search, range_search_from_dict
 from quantizers.serialization import build
-from quantizers.twin_uniform import TwinUniformQuantizer
+from quantizers.twin_uniform import GELU_MINIMUM, TwinUniformQuantizer
 from quantizers.uniform import UniformQuantizer
 
 __all__ = [
+    "GELU_MINIMUM",
     "MSE",
     "Granularity",
+    "LogQuantizer",
     "MinMax",
+    "OutlierQuantizer",
     "PerAxis",
     "PerTensor",
     "Percentile",
@@ -21,6 +26,7 @@ __all__ = [
     "UniformQuantizer",
     "build",
     "granularity_from_dict",
+    "outlier_channels",
     "pack",
     "packed_length",
     "range_search",

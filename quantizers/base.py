@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from quantizers.ranges import chunk_elements
 
 if TYPE_CHECKING:
     from typing import Self
@@ -133,6 +135,18 @@ class Quantizer(nn.Module, ABC):
         """Become fitted with given parameters (copied). Raises ValueError for names or values that cannot be right."""
 
     @abstractmethod
+    def candidates(self, values: Tensor) -> list[dict[str, Tensor]]:
+        """Parameters that any search may try for values like these, coarsely spread over all that make sense.
+
+        values: fp32, finite, not empty. Each entry is what `load_tensors` takes, its tensors `[G]`; so an entry that
+        takes one group's parameters from one candidate and another's from another is one too.
+        """
+
+    @abstractmethod
+    def neighbours(self, spread: float) -> list[dict[str, Tensor]]:
+        """Like `candidates`, but around the present parameters, which are changed by about the share `spread`."""
+
+    @abstractmethod
     def _fit(self, values: Tensor, importance: Tensor | None) -> None:
         """Find the parameters from fp32, finite, non-empty `values`, and an importance of their shape."""
 
@@ -151,6 +165,19 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _inside(self, values: Tensor) -> Tensor:
         """Bool: where fp32 `values` are not clipped."""
+
+    def _load_best(self, candidates: Sequence[Mapping[str, Tensor]], values: Tensor, importance: Tensor | None) -> None:
+        """Load the candidate with the least squared error on `values` as a whole; of equals, the first."""
+        width = chunk_elements(values.device)
+        parts = torch.split(values.flatten(), width)
+        weights = [None] * len(parts) if importance is None else torch.split(importance.flatten(), width)
+        errors = values.new_zeros(len(candidates), dtype=torch.float64)
+        for error, candidate in zip(errors, candidates, strict=True):
+            self.load_tensors(candidate)
+            for part, weight in zip(parts, weights, strict=True):
+                squares = self._fake_quantize(part).sub_(part).square_()
+                error += (squares if weight is None else squares.mul_(weight)).sum()
+        self.load_tensors(candidates[int(errors.argmin())])
 
     def _require_fitted(self) -> None:
         if not self.fitted:
@@ -194,6 +221,13 @@ def require_tensor_names(tensors: Mapping[str, Tensor], names: tuple[str, ...], 
     """Raise ValueError unless `tensors` are exactly those called `names`."""
     if set(tensors) != set(names):
         raise ValueError(f"{owner} has the tensors {', '.join(names)}, not {', '.join(sorted(tensors)) or 'none'}")
+
+
+def require_integer(tensor: Tensor, name: str) -> None:
+    """Raise ValueError unless `tensor` is one integer, `[1]`."""
+    kind = tensor.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool or list(tensor.shape) != [1]:
+        raise ValueError(f"{name} must be one integer of shape [1], not {kind} of shape {list(tensor.shape)}")
 
 
 def _require_floating(x: Tensor) -> None:

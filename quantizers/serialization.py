@@ -9,6 +9,8 @@ from torch import Tensor
 
 from quantizers.base import Quantizer
 from quantizers.granularity import granularity_from_dict
+from quantizers.logarithmic import LogQuantizer
+from quantizers.outliers import OutlierQuantizer
 from quantizers.ranges import range_search_from_dict
 from quantizers.twin_uniform import TwinUniformQuantizer
 from quantizers.uniform import UniformQuantizer
@@ -57,7 +59,20 @@ def _twin_uniform(description: Mapping[str, Any]) -> Quantizer:
     return TwinUniformQuantizer(description["bits"], split=description["split"])
 
 
+def _log(description: Mapping[str, Any]) -> Quantizer:
+    return LogQuantizer(description["bits"], base=description["base"], shift=description["shift"])
+
+
+def _outliers(description: Mapping[str, Any]) -> Quantizer:
+    main = description["main"]
+    if isinstance(main, Mapping) and main.get("type") == "outliers":
+        raise ValueError("channels are kept apart from a quantizer that keeps none apart itself")
+    return OutlierQuantizer(build(main))
+
+
 _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Quantizer]]] = {
     "uniform": ({"bits", "symmetric", "granularity", "search"}, _uniform),
     "twin_uniform": ({"bits", "split"}, _twin_uniform),
+    "log": ({"bits", "base", "shift"}, _log),
+    "outliers": ({"main"}, _outliers),
 }

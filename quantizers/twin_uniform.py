@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from quantizers.base import Quantizer, require_tensor_names
-from quantizers.ranges import chunk_elements
+from quantizers.base import Quantizer, require_integer, require_tensor_names
 
 if TYPE_CHECKING:
     from typing import Self
@@ -89,9 +88,7 @@ class TwinUniformQuantizer(Quantizer):
         """Become fitted with a given exponent. Raises ValueError unless it is one integer among `exponents`."""
         require_tensor_names(tensors, ("exponent",), "a TwinUniformQuantizer")
         exponent = tensors["exponent"]
-        kind = exponent.dtype
-        if kind.is_floating_point or kind.is_complex or kind == torch.bool or list(exponent.shape) != [1]:
-            raise ValueError(f"exponent must be one integer of shape [1], not {kind} of shape {list(exponent.shape)}")
+        require_integer(exponent, "exponent")
         if int(exponent) not in self.exponents:
             raise ValueError(
                 f"exponent must lie in [{self.exponents[0]}, {self.exponents[-1]}] for split {self.split!r}, "
@@ -104,25 +101,18 @@ class TwinUniformQuantizer(Quantizer):
         """For `print(model)`."""
         return f"{self.bits} bits, split={self.split!r}, fitted={self.fitted}"
 
+    def candidates(self, values: Tensor) -> list[dict[str, Tensor]]:
+        """All exponents, those nearest zero first."""
+        return [_as_tensors(exponent, values.device) for exponent in sorted(self.exponents, key=abs)]
+
+    def neighbours(self, spread: float) -> list[dict[str, Tensor]]:
+        """The exponents beside the present one, whatever the spread."""
+        exponent = self.tensors()["exponent"]
+        beside = (int(exponent) - 1, int(exponent) + 1)
+        return [_as_tensors(each, exponent.device) for each in beside if each in self.exponents]
+
     def _fit(self, values: Tensor, importance: Tensor | None) -> None:
-        # Negative values have the same error whatever the exponent, and what is clipped to [0, 1] too.
-        counted = values > 0 if self.signed else torch.ones_like(values, dtype=torch.bool)
-        values = values[counted].clamp(max=torch.inf if self.signed else 1, min=0)
-        weights = None if importance is None else importance[counted]
-        grids = values.new_tensor([self._grid(exponent) for exponent in self.exponents])
-        first, second, threshold = grids[:, :, None].unbind(dim=1)
-        errors = values.new_zeros(len(grids))
-        width = max(1, chunk_elements(values.device) // len(grids))
-        for start in range(0, len(values), width):
-            part = values[start : start + width]
-            scale = _scale_of(part, threshold, first, second)
-            squares = self._clip((part / scale).round_()).mul_(scale).sub_(part).square_()
-            if weights is not None:
-                squares *= weights[start : start + width]
-            errors += squares.sum(dim=1)
-        ranked = zip(errors.tolist(), self.exponents, strict=True)
-        _, exponent = min(ranked, key=lambda found: (found[0], abs(found[1])))
-        self._set(exponent, values.device)
+        self._load_best(self.candidates(values), values, importance)
 
     def _grid(self, exponent: int) -> tuple[float, float, float]:
         """The first scale, the second, and the value from which the second one is used."""
@@ -174,6 +164,10 @@ class TwinUniformQuantizer(Quantizer):
         assert self.scale is not None
         assert self._threshold is not None
         return self.scale, self._threshold
+
+
+def _as_tensors(exponent: int, device: torch.device) -> dict[str, Tensor]:
+    return {"exponent": torch.tensor([exponent], dtype=torch.int32, device=device)}
 
 
 def _flag(values: Tensor, threshold: Tensor | int) -> Tensor:

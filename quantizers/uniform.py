@@ -14,6 +14,8 @@ from quantizers.ranges import MinMax, RangeSearch, scale_and_zero_point
 
 if TYPE_CHECKING:
     from typing import Self
+# Of the min-max range, as candidates of searches that look at more than the values themselves.
+_FACTORS = [0.8**step for step in range(14)]
 
 
 class UniformQuantizer(Quantizer):
@@ -114,6 +116,22 @@ class UniformQuantizer(Quantizer):
         self.scale, self.zero_point = scale, zero_point
         return self
 
+    def candidates(self, values: Tensor) -> list[dict[str, Tensor]]:
+        """Each group's min-max range, both ends scaled by the same factor, from 1 to 1/20."""
+        low, high = MinMax()(self.granularity.to_groups(values), self.bits, self.symmetric)
+        return [self._grid(low * factor, high * factor) for factor in _FACTORS]
+
+    def neighbours(self, spread: float) -> list[dict[str, Tensor]]:
+        """Ranges with both ends moved, or one of them unless the other is zero or follows it by symmetry."""
+        scale, zero_point = self._parameters_or_raise()
+        high = (self.qmax - zero_point) * scale
+        low = -high if self.symmetric else -zero_point * scale
+        less, more = 1 - spread, 1 + spread
+        factors = [(less, less), (more, more)]
+        if not self.symmetric and bool(low.any()) and bool(high.any()):
+            factors += [(1.0, less), (1.0, more), (less, 1.0), (more, 1.0)]
+        return [self._grid(low * first, high * second) for first, second in factors]
+
     def extra_repr(self) -> str:
         """For `print(model)`."""
         kind = "symmetric" if self.symmetric else "affine"
@@ -123,6 +141,10 @@ class UniformQuantizer(Quantizer):
         weights = None if importance is None else self.granularity.to_groups(importance)
         low, high = self.search(self.granularity.to_groups(values), self.bits, self.symmetric, weights)
         self.scale, self.zero_point = scale_and_zero_point(low, high, self.bits, self.symmetric)
+
+    def _grid(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        scale, zero_point = scale_and_zero_point(low, high, self.bits, self.symmetric)
+        return {"scale": scale} if self.symmetric else {"scale": scale, "zero_point": zero_point}
 
     def _quantize(self, values: Tensor) -> Tensor:
         scale, zero_point = self._broadcast(values)

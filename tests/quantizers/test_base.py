@@ -8,14 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantizers import MSE, PerAxis, Quantizer, TwinUniformQuantizer, UniformQuantizer
+from quantizers import MSE, LogQuantizer, PerAxis, Quantizer, TwinUniformQuantizer, UniformQuantizer, base
 
 EVERY: list[Callable[[int], Quantizer]] = [
     lambda bits: UniformQuantizer(bits, symmetric=True),
     lambda bits: UniformQuantizer(bits, symmetric=False, granularity=PerAxis(0)),
     lambda bits: TwinUniformQuantizer(bits, split="magnitude"),
     lambda bits: TwinUniformQuantizer(bits, split="sign"),
+    lambda bits: LogQuantizer(bits, base="sqrt2"),
+    lambda bits: LogQuantizer(bits, base="search"),
 ]
+TRYING = EVERY[2:]  # those with one group, fitted by trying candidates
+SCALED = EVERY[:2] + EVERY[4:]  # those with a scale of their own
 VALUES = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
 
 
@@ -97,6 +101,50 @@ def test_a_state_dict_moves_between_fitted_quantizers(make: Callable[[int], Quan
     quantizer, other = make(4).fit(VALUES), make(4).fit(VALUES * 0.1)
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other(VALUES), quantizer(VALUES))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_candidates_and_neighbours_can_be_loaded(make: Callable[[int], Quantizer]) -> None:
+    quantizer = make(4)
+    for candidate in quantizer.candidates(VALUES):
+        assert quantizer.load_tensors(candidate).tensors().keys() == candidate.keys()
+    present = quantizer.fit(VALUES).tensors()
+    for neighbour in quantizer.neighbours(0.1):
+        assert any(not torch.equal(neighbour[name], tensor) for name, tensor in present.items())
+        assert quantizer.load_tensors(neighbour).fitted
+
+
+@pytest.mark.parametrize("make", SCALED)
+def test_neighbours_with_a_smaller_spread_are_nearer(make: Callable[[int], Quantizer]) -> None:
+    quantizer = make(8).fit(VALUES)
+    scale = quantizer.tensors()["scale"]
+    farthest = [
+        max((neighbour["scale"] / scale - 1).abs().max() for neighbour in quantizer.neighbours(spread))
+        for spread in (0.2, 0.1)
+    ]
+    assert farthest[1] < farthest[0] <= 0.2 + 1e-6
+
+
+@pytest.mark.parametrize("make", TRYING)
+def test_the_fit_does_not_depend_on_how_it_is_chunked(
+    make: Callable[[int], Quantizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importance = torch.rand(VALUES.shape, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for budget in (7, 50, 10**9):
+        monkeypatch.setattr(base, "chunk_elements", lambda device, budget=budget: budget)
+        quantizer = make(4).fit(VALUES, importance)
+        errors.append(((quantizer(VALUES) - VALUES).square() * importance).sum().item())
+    assert max(errors) <= min(errors) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("make", TRYING)
+def test_importance_counts_in_the_fit(make: Callable[[int], Quantizer]) -> None:
+    x = torch.cat([VALUES.flatten(), VALUES.flatten() * 0.1])
+    small = torch.arange(len(x)) >= VALUES.numel()
+    plain = (make(3).fit(x)(x) - x)[small].square().sum()
+    weighted = (make(3).fit(x, small.float())(x) - x)[small].square().sum()
+    assert weighted < 0.9 * plain
 
 
 def test_facts_of_the_integers() -> None:

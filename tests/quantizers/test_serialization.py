@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from quantizers import MSE, PerAxis, Percentile, Quantizer, TwinUniformQuantizer, UniformQuantizer, build
+from quantizers import (
+    MSE,
+    LogQuantizer,
+    PerAxis,
+    Percentile,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+    build,
+)
 
 VALUES = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
 AFFINE: dict[str, Any] = {
@@ -26,6 +35,8 @@ AFFINE: dict[str, Any] = {
         UniformQuantizer(2, symmetric=False),
         TwinUniformQuantizer(4, split="magnitude"),
         TwinUniformQuantizer(8, split="sign"),
+        LogQuantizer(4, base="2"),
+        LogQuantizer(3, base="search", shift=0.17),
     ],
 )
 def test_round_trip_through_json(quantizer: Quantizer) -> None:
@@ -57,12 +68,13 @@ def test_loaded_tensors_are_copied() -> None:
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({**AFFINE, "type": "log"}, "no quantizer type 'log'; the known ones are uniform, twin_uniform"),
+        ({**AFFINE, "type": "cubic"}, "no quantizer type 'cubic'; the known ones are uniform, twin_uniform, log"),
         ({"bits": 4}, "no quantizer type None"),
         ({**AFFINE, "type": ["uniform"]}, "no quantizer type"),
         ("uniform", "is a dictionary, not str"),
         ({**AFFINE, "axis": 0}, "wrong keys; missing: none, unknown: axis"),
         ({"type": "twin_uniform", "bits": 4}, "wrong keys; missing: split, unknown: none"),
+        ({"type": "log", "bits": 4, "base": 2, "shift": 0.0}, "base must be '2', 'sqrt2' or 'search', not 2"),
         ({**AFFINE, "bits": 16}, "bits must be an integer from 2 to 8, not 16"),
         ({**AFFINE, "symmetric": 1}, "symmetric must be True or False, not 1"),
         ({**AFFINE, "granularity": {"type": "per_block"}}, "no granularity is described by"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantizers import TwinUniformQuantizer, UniformQuantizer, build, twin_uniform
+from quantizers import TwinUniformQuantizer, UniformQuantizer, build
 
 EXAMPLES = settings(max_examples=60)
 Split = Literal["magnitude", "sign"]
@@ -127,17 +127,6 @@ def test_positive_ranges_from_small_to_thousands(bits: int, largest: float) -> N
     assert (quantizer(x) - x).square().sum() <= 4 * (plain(x) - x).square().sum()
 
 
-@pytest.mark.parametrize("split", ["magnitude", "sign"])
-def test_the_search_does_not_depend_on_how_it_is_chunked(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = softmax_like(0) if split == "magnitude" else gelu_like(0)
-    errors = []
-    for budget in (1, 1000, 10**9):
-        monkeypatch.setattr(twin_uniform, "chunk_elements", lambda device, budget=budget: budget)
-        quantizer = TwinUniformQuantizer(4, split=split).fit(x.flatten()[:600])
-        errors.append((quantizer(x) - x).square().sum().item())
-    assert max(errors) <= min(errors) * (1 + 1e-5)
-
-
 def test_magnitude_beats_uniform_after_softmax() -> None:
     generator = torch.Generator().manual_seed(0)
     # Heads that look everywhere beside heads that look at one place.
@@ -179,6 +168,16 @@ def test_other_floating_dtypes_are_kept(dtype: torch.dtype) -> None:
     quantizer = TwinUniformQuantizer(8, split="magnitude").fit(x)
     assert quantizer(x).dtype == dtype
     assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x)).to(dtype))
+
+
+@pytest.mark.parametrize("split", ["magnitude", "sign"])
+def test_all_exponents_are_candidates_and_those_beside_the_present_one_neighbours(split: Split) -> None:
+    quantizer = with_exponent(4, split, 3)
+    every = [int(candidate["exponent"]) for candidate in quantizer.candidates(softmax_like(0))]
+    assert sorted(every) == list(quantizer.exponents)
+    assert [int(neighbour["exponent"]) for neighbour in quantizer.neighbours(0.1)] == [2, 4]
+    edge = with_exponent(4, split, quantizer.exponents[-1])
+    assert [int(neighbour["exponent"]) for neighbour in edge.neighbours(0.1)] == [quantizer.exponents[-2]]
 
 
 def test_mistakes() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,38 @@ def test_other_arguments_of_another_kind() -> None:
         UniformQuantizer(8, symmetric=True, granularity=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="symmetric must be True or False, not 'yes'"):
         UniformQuantizer(8, symmetric="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_candidates_are_each_groups_range_scaled_down(symmetric: bool) -> None:
+    x = torch.tensor([[-3.5, 7.0], [-0.7, 0.35]])
+    quantizer = UniformQuantizer(4, symmetric=symmetric, granularity=PerAxis(0))
+    candidates = quantizer.candidates(x)
+    widest = (
+        torch.tensor([1.0, 0.1]) if symmetric else torch.tensor([0.7, 0.07])
+    )  # 7 / 7, 0.7 / 7; 10.5 / 15, 1.05 / 15
+    torch.testing.assert_close(candidates[0]["scale"], widest)
+    assert len(candidates) > 10
+    for wider, narrower in pairwise(candidates):
+        torch.testing.assert_close(narrower["scale"], wider["scale"] * 0.8)
+
+
+def test_neighbours_of_an_affine_range_move_either_end_or_both() -> None:
+    # [-6, 9] at 4 bits: scale 1, zero point 6.
+    quantizer = UniformQuantizer(4, symmetric=False).fit(torch.tensor([-6.0, 9.0]))
+    found = {(n["scale"].item(), n["zero_point"].item()) for n in quantizer.neighbours(1 / 3)}
+    # high 6: [-6, 6]; high 12: [-6, 12]; low -4: [-4, 9]; low -8: [-8, 9]; both: [-4, 6] and [-8, 12].
+    expected = {(12 / 15, 8), (18 / 15, 5), (13 / 15, 5), (17 / 15, 7), (10 / 15, 6), (20 / 15, 6)}
+    assert {(round(s, 5), z) for s, z in found} == {(round(s, 5), z) for s, z in expected}
+
+
+def test_neighbours_of_a_range_with_one_end_at_zero_move_the_other() -> None:
+    quantizer = UniformQuantizer(4, symmetric=False).fit(torch.tensor([0.0, 15.0]))
+    assert [(round(n["scale"].item(), 5), n["zero_point"].item()) for n in quantizer.neighbours(0.1)] == [
+        *[(0.9, 0), (1.1, 0)]
+    ]
+
+
+def test_neighbours_of_a_symmetric_range() -> None:
+    quantizer = UniformQuantizer(4, symmetric=True).fit(torch.tensor([-7.0, 2.0]))
+    assert [round(n["scale"].item(), 5) for n in quantizer.neighbours(0.1)] == [0.9, 1.1]
