@@ -10,14 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantizers
 from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
 from dfq.errors import CheckpointError, DfqError
 from dfq.models import Origin, build_architecture, resolve_device
 from dfq.preprocessing import Preprocessing
-from dfq.ptq.engine import QuantizedModel, place
+from dfq.ptq.engine import QuantizedModel
+from dfq.ptq.fitting import place
 from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.recipe import parse_bits, recipe_from_dict
 from dfq.versions import versions
@@ -157,6 +158,10 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.
     layers = {f"{path}.weight": m for path, m in module.named_modules() if isinstance(m, QuantizedLayer)}
     packed = {name: remaining.pop(f"{name}.integers") for name in layers if name in sites}
     plain = {name: remaining.pop(name) for name in layers if name not in sites}
+    for path, layer in module.named_modules():
+        # Reparametrisation gives an offset to layers that the architecture has without one.
+        if isinstance(layer, QuantizedLayer) and layer.bias is None and f"{path}.bias" in remaining:
+            layer.bias = nn.Parameter(torch.empty(len(layer.weight)))
     # Before the quantizers take their places: the state dict knows only of the parameters.
     module.load_state_dict(remaining)
     for name, layer in layers.items():

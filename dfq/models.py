@@ -13,12 +13,10 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
-from timm.layers.patch_embed import PatchEmbed
 from timm.models import get_pretrained_cfg
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from calibration.saliency import saliency_kind
@@ -26,6 +24,7 @@ from calibration.tokens import PatchGrid
 from dfq import datasets, reference
 from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageError
 from dfq.preprocessing import Preprocessing
+from dfq.ptq.modules import understood_parts
 from dfq.weights import check_finite, fingerprint, load_into, read_weights
 
 REFERENCE = "reference"
@@ -173,29 +172,17 @@ def check_invertible(name: str, module: nn.Module) -> None:
 
 
 def check_quantizable(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedModelError unless `module` is a ViT whose blocks dfq knows how to quantize."""
-    if not isinstance(module, VisionTransformer):
+    """Raise UnsupportedModelError unless `module` is a ViT or a Swin of parts that dfq knows how to quantize."""
+    if not isinstance(module, VisionTransformer | SwinTransformer):
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__}, not a timm VisionTransformer, and no other can be quantized; "
-            "docs/models.md says which can"
+            f"{name} is a {type(module).__name__}, neither a timm VisionTransformer nor a SwinTransformer, and no "
+            "other can be quantized; docs/models.md says which can"
         )
-    for index, block in enumerate(module.blocks):
-        parts = {
-            "": (block, Block),
-            ".attn": (getattr(block, "attn", None), Attention),
-            ".mlp": (getattr(block, "mlp", None), Mlp),
-        }
-        for suffix, (part, understood) in parts.items():
-            if type(part) is not understood:
-                raise UnsupportedModelError(
-                    f"{name}: blocks.{index}{suffix} is a {type(part).__name__}, and dfq quantizes only timm's "
-                    f"{understood.__name__} there"
-                )
-    for attribute, understood in (("patch_embed", PatchEmbed), ("head", nn.Linear)):
-        part = getattr(module, attribute)
+    for path, understood in understood_parts(module).items():
+        part = module.get_submodule(path)
         if type(part) is not understood:
             raise UnsupportedModelError(
-                f"{name}: {attribute} is a {type(part).__name__}, and dfq quantizes only a {understood.__name__} there"
+                f"{name}: {path} is a {type(part).__name__}, and dfq quantizes only timm's {understood.__name__} there"
             )
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from dfq.errors import RecipeError, UsageError
 from quantizers import (
+    GELU_MINIMUM,
     Granularity,
+    LogQuantizer,
     PerAxis,
     PerTensor,
     Quantizer,
@@ -27,8 +29,11 @@ from quantizers import (
 )
 
 PRESETS = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "fast"
 FLOAT_BITS = 16
 """As activation bits: left in floating point."""
+
+Reparametrization = Literal["full", "searched"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
 _WEIGHT_AXES = {"channel": 0}
@@ -66,36 +71,54 @@ class SiteSettings:
     bits: None for those of the run; granularity: tensor, channel or head; range: minmax, percentile or mse; for
     activations also token_mse, which counts the squared error of each token the less the larger the token is, and for
     weights output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
-    the percentile range; split: of a twin-uniform quantizer, magnitude (softmax) or sign (GELU).
+    the percentile range; quantizer: least_error is the best, by squared error, of uniform, twin_uniform and log; split:
+    where a twin_uniform or log quantizer stands, magnitude after softmax or sign after GELU; base: of a log quantizer;
+    outliers: channels whose largest magnitude is more than so many times the median channel's stay apart, at 8 bits.
     """
 
     quantize: bool = True
     bits: int | None = None
-    quantizer: Literal["uniform", "twin_uniform"] = "uniform"
+    quantizer: Literal["uniform", "twin_uniform", "log", "least_error"] = "uniform"
     symmetric: bool = False
     granularity: Literal["tensor", "channel", "head"] = "tensor"
     range: Literal["minmax", "percentile", "mse", "token_mse", "output_mse"] = "minmax"
     percent: float | None = None
     split: Literal["magnitude", "sign"] | None = None
+    base: Literal["2", "sqrt2", "search"] | None = None
+    outliers: float | None = None
 
     @property
     def needs_values(self) -> bool:
         """Whether finding the range takes the values, not only their extremes."""
-        return self.quantizer != "uniform" or self.range != "minmax"
+        return self.quantizer != "uniform" or self.range != "minmax" or self.outliers is not None
 
     @property
     def needs_importance(self) -> bool:
         """Whether finding the range of a weight takes the mean square of the layer's input."""
         return self.range == "output_mse"
 
-    def build(self, bits: int, *, is_weight: bool) -> Quantizer:
-        """An unfitted quantizer. Raises ValueError where the settings contradict each other."""
-        if self.quantizer == "twin_uniform":
-            if self.split is None:
-                raise ValueError("a twin_uniform quantizer needs split = 'magnitude' or 'sign'")
+    def build(self, bits: int, *, is_weight: bool) -> list[Quantizer]:
+        """Unfitted quantizers, of which the one with the least error is to be taken.
+
+        Raises ValueError where the settings contradict each other.
+        """
+        if self.outliers is not None and is_weight:
+            raise ValueError("outliers are kept apart in activations, not in weights")
+        if self.base is not None and self.quantizer != "log":
+            raise ValueError("base belongs to the log quantizer")
+        if self.quantizer != "uniform" and self.split is None:
+            raise ValueError(f"quantizer {self.quantizer!r} needs split = 'magnitude' or 'sign'")
+        if self.quantizer == "uniform" and self.split is not None:
+            raise ValueError("split belongs to the quantizers twin_uniform, log and least_error")
+        kinds = ("twin_uniform", "log", "uniform") if self.quantizer == "least_error" else (self.quantizer,)
+        return [self._build(kind, bits, is_weight=is_weight) for kind in kinds]
+
+    def _build(self, kind: str, bits: int, *, is_weight: bool) -> Quantizer:
+        if kind == "twin_uniform" and self.split is not None:
             return TwinUniformQuantizer(bits, split=self.split)
-        if self.split is not None:
-            raise ValueError("split belongs to the twin_uniform quantizer")
+        if kind == "log":
+            shift = GELU_MINIMUM if self.split == "sign" else 0.0
+            return LogQuantizer(bits, base=self.base or "search", shift=shift)
         axes = _WEIGHT_AXES if is_weight else _ACTIVATION_AXES
         granularity: Granularity = PerTensor()
         if self.granularity != "tensor":
@@ -113,12 +136,62 @@ class SiteSettings:
 
 
 @dataclass(frozen=True)
+class OutputSearch:
+    """Ranges of both operands of every matrix product searched in turn by the error of the product (PTQ4ViT, 3.3).
+
+    error: output, the squared error, or fisher, each output's by its squared gradient; rounds: how often each operand
+    is searched; images: how many the products are looked at on.
+    """
+
+    error: Literal["output", "fisher"] = "fisher"
+    rounds: int = 1
+    images: int = 4
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Weights rounded column by column, each error made up for by the columns still to come (GPTQ).
+
+    evenness: 0 counts the squared error of every token, 1 its relative error, see `SecondMoment`; gradient: each token
+    also counts by its squared output gradient to this power, 0: gradients are not looked at; damping: candidates, of
+    which held-out images choose.
+    """
+
+    evenness: float = 0.5
+    gradient: float = 0.5
+    damping: tuple[float, ...] = (0.1,)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Weights, scales, biases and norms tuned by gradients, straight through the rounding.
+
+    iterations: steps per block; batch_size: images per step; rates: Adam's learning rate of weights, of the logarithm
+    of scales, of biases and norms; drop: share of activations that enter a block in full precision (QDrop); gradient:
+    each token counts by its squared output gradient to this power; feature: weight of the error at the end of the
+    network beside that of the block, 0: only the block is looked at.
+    """
+
+    iterations: int = 60
+    batch_size: int = 16
+    weight_rate: float = 5e-5
+    scale_rate: float = 1e-3
+    bias_rate: float = 5e-5
+    drop: float = 0.5
+    gradient: float = 0.0
+    feature: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Settings for weights, for activations, and for sites picked by glob (later ones win).
+    """Settings for weights, for activations, and for sites picked by glob (later ones win), and the algorithms run.
 
     scope: `gemm`, the inputs of matrix products, or `full`, also everything between them that a fully
     quantized ViT puts on integers; first_last_bits: of the patch embedding and the classifier, None for those of
-    the run.
+    the run; num_images: how many are generated where none are given; reparametrize: ranges per channel are moved into
+    the layers before and after where that is exact, and become ranges per tensor: full (RepQ-ViT), or searched, as far
+    as the product they enter gains by it. The tables range_search, compensation and reconstruction say how these are
+    done. Of these four, None: not at all.
     """
 
     name: str
@@ -128,6 +201,11 @@ class Recipe:
     weights: SiteSettings
     activations: SiteSettings
     sites: dict[str, dict[str, Any]]
+    num_images: int = 32
+    reparametrize: Reparametrization | None = None
+    range_search: OutputSearch | None = None
+    compensation: Compensation | None = None
+    reconstruction: Reconstruction | None = None
 
     def settings(self, site: str, *, is_weight: bool) -> SiteSettings:
         """What applies to the site of this name."""
@@ -147,6 +225,13 @@ class Recipe:
             value[part] = {
                 f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None
             }
+        value["num_images"] = self.num_images
+        if self.reparametrize is not None:
+            value["reparametrize"] = self.reparametrize
+        for table in _ALGORITHMS:
+            settings = getattr(self, table)
+            if settings is not None:
+                value[table] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
         return value | {"sites": self.sites}
 
 
@@ -176,15 +261,17 @@ def load_recipe(name: str | Path) -> Recipe:
 
 def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recipe:
     """The recipe that `content` spells; `where` names its source in errors. Raises RecipeError."""
-    known = ("name", "summary", "scope", "first_last_bits", "weights", "activations", "sites")
-    _check_keys(content, known, where)
+    _check_keys(content, tuple(f.name for f in fields(Recipe)), where)
     scope = content.get("scope", "gemm")
     if scope not in ("gemm", "full"):
         raise RecipeError(f"{where}: scope must be 'gemm' or 'full', not {scope!r}")
     first_last = content.get("first_last_bits")
     if first_last is not None:
         _check_value("first_last_bits", first_last, where)
-    for part in ("weights", "activations", "sites"):
+    for key in ("num_images", "reparametrize"):
+        if key in content:
+            _check_value(key, content[key], where)
+    for part in ("weights", "activations", "sites", *_ALGORITHMS):
         if not isinstance(content.get(part, {}), dict):
             raise RecipeError(f"{where}: {part} must be a table")
     sites = content.get("sites", {})
@@ -208,12 +295,53 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
         weights=parts["weights"],
         activations=parts["activations"],
         sites=sites,
+        num_images=content.get("num_images", 32),
+        reparametrize=content.get("reparametrize"),
+        **{table: _algorithm(kind, content.get(table), f"{where}, {table}") for table, kind in _ALGORITHMS.items()},
     )
 
 
+_ALGORITHMS: dict[str, type[OutputSearch | Compensation | Reconstruction]] = {
+    "range_search": OutputSearch,
+    "compensation": Compensation,
+    "reconstruction": Reconstruction,
+}
+
+
+def _algorithm(kind: type[Any], table: dict[str, Any] | None, where: str) -> Any:
+    if table is None:
+        return None
+    _check_keys(table, tuple(f.name for f in fields(kind)), where)
+    for key, value in table.items():
+        _check_value(key, value, where)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+
+
+# What a number may be: the lowest and the highest; whole numbers where both are.
+_RANGES: dict[str, tuple[float, float]] = {
+    "percent": (50.0, 100.0),
+    "outliers": (1.0, 1e6),
+    "num_images": (1, 2**20),
+    "rounds": (1, 10),
+    "images": (1, 1024),
+    "evenness": (0.0, 1.0),
+    "gradient": (0.0, 1.0),
+    "iterations": (1, 10**6),
+    "batch_size": (1, 4096),
+    "weight_rate": (0.0, 1.0),
+    "scale_rate": (0.0, 1.0),
+    "bias_rate": (0.0, 1.0),
+    "drop": (0.0, 1.0),
+    "feature": (0.0, 1e3),
+    "damping": (0.0, 1e3),
+}
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "quantize": (True, False),
-    "quantizer": ("uniform", "twin_uniform"),
+    "quantizer": ("uniform", "twin_uniform", "log", "least_error"),
+    "base": ("2", "sqrt2", "search"),
+    "reparametrize": ("full", "searched"),
+    "error": ("output", "fisher"),
     "symmetric": (True, False),
     "granularity": ("tensor", "channel", "head"),
     "range": ("minmax", "percentile", "mse", "token_mse", "output_mse"),
@@ -230,9 +358,15 @@ def _check_settings(table: dict[str, Any], where: str) -> None:
 
 
 def _check_value(key: str, value: Any, where: str) -> None:
-    if key == "percent":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 50.0 < value <= 100.0:
-            raise RecipeError(f"{where}: percent must lie above 50 and at most at 100, not {value!r}")
+    if key in _RANGES:
+        low, high = _RANGES[key]
+        whole = isinstance(low, int)
+        for number in value if key == "damping" and isinstance(value, list) and value else [value]:
+            right_kind = type(number) is int or (type(number) is float and not whole)
+            if not right_kind or not low <= number <= high:
+                raise RecipeError(
+                    f"{where}: {key} must be a{' whole' if whole else ''} number from {low} to {high}, not {value!r}"
+                )
         return
     # 1 == True in Python, and bits = true is a mistake.
     if not any(type(value) is type(choice) and value == choice for choice in _CHOICES[key]):

@@ -1,23 +1,16 @@
-"""Activations of a ViT, stage by stage: the stem, each block, the head.
-
-Only one stage's activations are held at a time, and of each site only what its range search needs: the extremes, or a
-sample of rows.
-"""
+"""What is recorded of the activations at a site: only what its range search needs, the extremes or a sample of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from calibration.tokens import token_gather
-
 # Values of one site that a range search gets to see; beyond that the search only gets slower.
-SAMPLE_ELEMENTS = 2**19
+SAMPLE_ELEMENTS = 2**17
 
 
 class Extremes:
@@ -48,20 +41,32 @@ class Extremes:
 
 
 class Sample:
-    """A random share of the rows (tokens), every head and channel of them."""
+    """A random share of the rows (tokens), every head and channel of them.
 
-    def __init__(self, share: Callable[[Tensor], float], seed: int) -> None:
-        self._share = share
+    parts: how many times the elements of the first tensor will come in all, the first included; largest: so many rows
+    of each tensor, those with the largest values, are taken whatever is drawn. Massive activations are in few tokens.
+    """
+
+    def __init__(self, parts: float, seed: int, largest: int = 0) -> None:
+        self._parts = parts
+        self._largest = largest
+        self._share: float | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         # Rows first: [B, N, C] -> [B * N, C]; [B, heads, N, D] -> [B * N, heads, 1, D], so that axis 1 is still heads.
         rows = x.transpose(1, 2).flatten(0, 1).unsqueeze(2) if x.dim() == 4 else x.flatten(0, -2)
-        share = self._share(x)
-        if share < 1.0:
-            count = max(1, round(len(rows) * share))
-            rows = rows[torch.randperm(len(rows), generator=self._generator)[:count].to(x.device)]
+        if self._share is None:
+            self._share = SAMPLE_ELEMENTS / (x.numel() * self._parts)
+        if self._share < 1.0:
+            count = max(1, round(len(rows) * self._share))
+            chosen = torch.randperm(len(rows), generator=self._generator)[:count].to(x.device)
+            if self._largest:
+                sizes = rows.flatten(1).abs().amax(1)
+                sizes[chosen] = -1.0  # Once is enough.
+                chosen = torch.cat([chosen, sizes.topk(min(self._largest, len(rows) - count)).indices])
+            rows = rows[chosen]
         self._rows.append(rows.clone())
 
     def values(self) -> Tensor:
@@ -127,32 +132,3 @@ def recording(slots: Mapping[nn.Module, Recorder]) -> Iterator[dict[nn.Module, N
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _ReachedBlocks(Exception):  # noqa: N818 - it carries a result, not an error
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-
-def stem(vit: VisionTransformer, images: Tensor, keep: Tensor | None) -> Tensor:
-    """images: [B, 3, H, W] -> the tokens that enter the first block: [B, P + K, D], by the model's own forward pass."""
-
-    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _ReachedBlocks(args[0])
-
-    handle = vit.blocks.register_forward_pre_hook(stop)
-    try:
-        with token_gather(vit) as gather:
-            gather.keep = keep
-            vit.forward_features(images)
-    except _ReachedBlocks as reached:
-        return reached.tokens
-    finally:
-        handle.remove()
-    raise RuntimeError("the forward pass never came to the blocks")
-
-
-def head(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """tokens: [B, P + K, D], from the last block -> logits [B, C]."""
-    logits: Tensor = vit.forward_head(vit.norm(tokens))
-    return logits

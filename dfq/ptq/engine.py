@@ -1,4 +1,4 @@
-"""The pipeline: adapt the model, walk it once stage by stage to fit the activations, then the weights."""
+"""The pipeline: adapt the model, then walk it stage by stage and quantize each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from calibration import CalibrationSet, load_calibration_set
 from calibration.tokens import PatchGrid
 from dfq.errors import DfqError
 from dfq.models import Model, Network, check_quantizable
-from dfq.ptq import capture
-from dfq.ptq.capture import Extremes, InputImportance, Sample
-from dfq.ptq.modules import QuantizedLayer, adapt, quantize_parameter
-from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite, plan_sites
-from dfq.recipe import Bits, Recipe, load_recipe, parse_bits
+from dfq.ptq.fitting import fit_sites, observe, place_sites, reparametrize
+from dfq.ptq.gradients import token_gradients
+from dfq.ptq.modules import QuantizedLayer, adapt
+from dfq.ptq.products import search_stage
+from dfq.ptq.reconstruct import Reconstructor, exact_weights
+from dfq.ptq.sites import PlannedSite, plan_sites
+from dfq.ptq.stages import Stage, stages
+from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
 from quantizers import Quantizer, pack
 
 
@@ -68,28 +71,26 @@ class QuantizedModel(Network):
         return kept
 
 
-def place(module: VisionTransformer, name: str, quantizer: Quantizer) -> None:
-    """Put a fitted quantizer where the site's activation passes."""
-    owner, _, slot = name.rpartition(".")
-    setattr(module.get_submodule(owner), slot, quantizer)
-
-
 def quantize(
     model: Model,
     bits: str = "w8a8",
     *,
     calibration: CalibrationSet | Path | str | None = None,
-    recipe: Recipe | Path | str = "default",
+    recipe: Recipe | Path | str = DEFAULT_RECIPE,
     batch_size: int = 32,
     progress: bool = True,
 ) -> QuantizedModel:
     """Quantize a model on a calibration set; the model itself is left as it is.
 
     bits: `w4a8` and the like, 2 to 8 each; `a16` leaves activations in floating point. calibration: a set, the
-    folder of one, or None to invert the model for one now. recipe: a preset's name, a TOML file, or a Recipe.
+    folder of one, or None to invert the model for as many images as the recipe asks for. recipe: a preset's name, a
+    TOML file, or a Recipe.
 
-    Every range is found on full-precision activations ("parallel" calibration, PTQ4ViT, section 3.3), on the kept
-    patches only where the set is sparse.
+    The network is walked once, stage by stage (stem, each block, head), in full precision ("parallel" calibration,
+    PTQ4ViT, section 3.3; on the kept patches only where the set is sparse). In each stage ranges per channel are first
+    moved where that costs nothing (`reparametrize`), then all ranges are found, by the error of each tensor and, where
+    the recipe says so, by that of the products (`search_stage`); activations get their quantizers and weights their
+    integers. What the recipe tunes by gradients is tuned afterwards (`reconstruct`).
 
     Raises DfqError: bits or recipe that make no sense, a calibration set made for another image size or
     normalisation, activations that are not finite.
@@ -97,42 +98,41 @@ def quantize(
     widths = parse_bits(bits)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     module, planned = prepare(model, widths, chosen)
-    images = _calibration_images(model, calibration)
+    chain = stages(module)
+    images = _calibration_images(model, calibration, chosen.num_images)
+    batches = [(pixels.cpu(), keep) for pixels, keep in images.batches(batch_size, model.device)]
 
-    activations = {p.site.name: p for p in planned if not p.site.is_weight and p.site.name != POSITION_EMBEDDING}
-    quantizers: dict[str, Quantizer] = {}
-    with (
-        torch.no_grad(),
-        tqdm(
-            total=len(module.blocks) + 3,
-            desc="calibrate",
-            unit="stage",
-            file=sys.stderr,
-            disable=None if progress else True,
-        ) as bar,
-    ):
-        batches = [(pixels.cpu(), keep) for pixels, keep in images.batches(batch_size, model.device)]
-        weights = {p.site.name: p for p in planned if p.site.is_weight}
-        fit = _StageFitter(module, activations, weights, quantizers, sum(len(pixels) for pixels, _ in batches), bar)
-        tokens = fit("", batches, lambda batch: capture.stem(module, batch[0].to(model.device), batch[1]))
-        for index, block in enumerate(module.blocks):
-            tokens = fit(f"blocks.{index}.", tokens, block)
-        fit(None, tokens, lambda x: capture.head(module, x))
-
-        for name, quantizer in quantizers.items():
-            place(module, name, quantizer)
-        for p in planned:
-            if p.site.is_weight:
-                layer = module.get_submodule(p.site.owner)
-                quantizers[p.site.name] = _fit(p, layer.weight, fit.importance.get(p.site.name))
-                layer.set_integers(quantizers[p.site.name], quantizers[p.site.name].quantize(layer.weight))
-            elif p.site.name == POSITION_EMBEDDING:
-                quantizers[p.site.name] = _fit(p, module.pos_embed)
-                quantize_parameter(module.pos_embed, quantizers[p.site.name])
-        if PATCH_TOKENS in quantizers:
-            for token in _joined_tokens(module):
-                quantize_parameter(token, quantizers[PATCH_TOKENS])
-        bar.update()
+    dampings = () if chosen.compensation is None else chosen.compensation.damping
+    gradients: dict[str, list[Tensor]] = {}
+    if any(part is not None and part.gradient > 0 for part in (chosen.compensation, chosen.reconstruction)):
+        weighted = [p.site.owner for p in planned if p.site.is_weight]
+        gradients = token_gradients(module, weighted, batches, model.device)
+    fitted: dict[str, Quantizer] = {}
+    inputs: list[Any] = batches
+    bar = tqdm(total=len(chain), desc="calibrate", unit="stage", file=sys.stderr, disable=None if progress else True)
+    with bar, torch.no_grad():
+        stem = _from_host(chain[0], model.device)
+        reconstructor = None
+        if chosen.reconstruction is not None:
+            reconstructor = Reconstructor(module, chosen.reconstruction, batches, stem, gradients)
+        for index, stage in enumerate(chain):
+            run = stage.run if stage is not chain[0] else stem
+            sites = [p for p in planned if stage.owns(p.site.name)]
+            by_channel = [p for p in sites if p.settings.granularity == "channel" and not p.site.is_weight]
+            if chosen.reparametrize is not None and by_channel:
+                values = observe(module, by_channel, None, inputs, run).values
+                sites = reparametrize(stage, sites, values, chosen.reparametrize)
+            seen = observe(module, sites, chosen.compensation, inputs, run, gradients)
+            found = fit_sites(module, sites, seen)
+            if chosen.range_search is not None:
+                search_stage(module, stage, chain[index + 1 :], found, inputs, run, chosen.range_search)
+            exact = exact_weights(stage)
+            place_sites(module, sites, found, seen.moments, dampings)
+            if reconstructor is not None:
+                reconstructor.tune(stage, exact, inputs, seen.outputs, run)
+            fitted |= found
+            inputs = seen.outputs
+            bar.update()
 
     return QuantizedModel(
         module=module,
@@ -140,9 +140,14 @@ def quantize(
         origin=model.origin,
         bits=str(widths),
         recipe=chosen,
-        sites={p.site.name: quantizers[p.site.name] for p in planned},
+        sites={p.site.name: fitted[p.site.name] for p in planned},
         calibration={"num_images": len(images), "run": images.run},
     )
+
+
+def _from_host(stem: Stage, device: torch.device) -> Callable[[Any], Tensor]:
+    """Images wait on the CPU until their batch is run."""
+    return lambda batch: stem.run((batch[0].to(device), batch[1]))
 
 
 def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer, list[PlannedSite]]:
@@ -156,88 +161,13 @@ def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer
     return module, plan_sites(module, recipe, bits)
 
 
-def _joined_tokens(module: VisionTransformer) -> list[nn.Parameter]:
-    """The learned tokens that timm joins to the patches: class, distillation, registers."""
-    tokens = (getattr(module, name, None) for name in ("cls_token", "dist_token", "reg_token"))
-    return [token for token in tokens if token is not None]
-
-
-class _StageFitter:
-    """Runs one stage over all batches in full precision, and fits the quantizers of the sites in it."""
-
-    def __init__(
-        self,
-        module: VisionTransformer,
-        activations: dict[str, PlannedSite],
-        weights: dict[str, PlannedSite],
-        quantizers: dict[str, Quantizer],
-        num_images: int,
-        bar: tqdm,
-    ) -> None:
-        self._module = module
-        self._activations = activations
-        self._weights = weights
-        self._quantizers = quantizers
-        self._num_images = num_images
-        self._bar = bar
-        self.importance: dict[str, Tensor] = {}
-
-    def __call__(self, prefix: str | None, inputs: list[Any], run: Callable[[Any], Tensor]) -> list[Tensor]:
-        """prefix: of a block's sites; "" for those before the blocks, None for those after."""
-        recorders = {name: self._recorder(p) for name, p in _of_stage(self._activations, prefix).items()}
-        weighed = {name: p for name, p in _of_stage(self._weights, prefix).items() if p.settings.needs_importance}
-        squares = {name: InputImportance() for name in weighed}
-        inputs_of = {self._module.get_submodule(p.site.owner).input: squares[name] for name, p in weighed.items()}
-        slots = {self._module.get_submodule(name): name for name in recorders}
-        with (
-            capture.recording(inputs_of),
-            capture.recording({slot: recorders[name] for slot, name in slots.items()}) as passed,
-        ):
-            outputs = [run(batch) for batch in inputs]
-        # In the order of the forward pass: of values that are not finite, the error names the source.
-        for slot in passed | dict.fromkeys(slots):
-            name = slots[slot]
-            values = recorders[name].values()
-            if name == PATCH_TOKENS:
-                tokens = [values, *_joined_tokens(self._module)]
-                values = torch.cat([token.flatten(0, -2) for token in tokens])
-            planned = self._activations[name]
-            counts = capture.token_importance(values) if planned.settings.range == "token_mse" else None
-            self._quantizers[name] = _fit(planned, values, counts)
-        for name, p in weighed.items():
-            # [C] against weights [out, C] of a linear or [out, C, kh, kw] of the patch embedding.
-            trailing = self._module.get_submodule(p.site.owner).weight.dim() - 2
-            self.importance[name] = squares[name].values().view(-1, *[1] * trailing)
-        self._bar.update()
-        return outputs
-
-    def _recorder(self, planned: PlannedSite) -> Extremes | Sample:
-        if not planned.settings.needs_values:
-            return Extremes()
-        return Sample(lambda x: capture.SAMPLE_ELEMENTS / (self._num_images * x[0].numel()), seed=0)
-
-
-def _of_stage(sites: dict[str, PlannedSite], prefix: str | None) -> dict[str, PlannedSite]:
-    if prefix:
-        return {name: p for name, p in sites.items() if name.startswith(prefix)}
-    before = ("patch_embed.", "pos_drop.")
-    outside = {name: p for name, p in sites.items() if not name.startswith("blocks.")}
-    return {name: p for name, p in outside.items() if name.startswith(before) == (prefix == "")}
-
-
-def _fit(planned: PlannedSite, values: Tensor, importance: Tensor | None = None) -> Quantizer:
-    quantizer = planned.settings.build(planned.bits, is_weight=planned.site.is_weight)
-    try:
-        return quantizer.fit(values, importance)
-    except ValueError as error:
-        raise DfqError(f"cannot find a range for {planned.site.name}: {error}") from error
-
-
-def _calibration_images(model: Model, calibration: CalibrationSet | Path | str | None) -> CalibrationSet:
+def _calibration_images(
+    model: Model, calibration: CalibrationSet | Path | str | None, num_images: int
+) -> CalibrationSet:
     if calibration is None:
         from dfq.generation import generate
 
-        calibration = generate(model)
+        calibration = generate(model, num_images=num_images)
     images = calibration if isinstance(calibration, CalibrationSet) else load_calibration_set(calibration)
     check_calibration(model, images)
     return images

@@ -1,4 +1,4 @@
-"""Quantized stand-ins for the layers of a timm ViT.
+"""Quantized stand-ins for the layers of timm's ViT and Swin.
 
 Each takes over the parameters of the layer it replaces and has *slots*: submodules through which one tensor passes,
 `nn.Identity` until a fitted quantizer takes the place. A slot's dotted path is the name of its site.
@@ -8,6 +8,17 @@ from __future__ import annotations
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.classifier import ClassifierHead
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    window_partition,
+    window_reverse,
+)
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,35 +73,54 @@ class QuantizedConv2d(QuantizedLayer):
         return out
 
 
-class QuantizedAttention(nn.Module):
-    """timm's `Attention`, with slots on the operands of both matrix products: q, k, scores, softmax, v."""
+class AttentionSlots(nn.Module):
+    """What every attention has: slots on the operands of both matrix products, q, k, scores, softmax and v."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, num_heads: int, scale: float) -> None:
         super().__init__()
-        self.num_heads = attention.num_heads
-        self.scale = attention.scale
-        self.qkv = attention.qkv
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.norm = getattr(attention, "norm", nn.Identity())
-        self.gate = getattr(attention, "gate", None)
-        self.proj = attention.proj
+        self.num_heads, self.scale = num_heads, scale
         self.q: nn.Module = nn.Identity()
         self.k: nn.Module = nn.Identity()
         self.v: nn.Module = nn.Identity()
         self.scores: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Identity()
 
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """qkv: [B, N, 3 heads D] -> q, k, v: [B, heads, N, D]."""
+        batch, length, _ = qkv.shape
+        return qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """q, k, v: [B, heads, N, D] -> [B, N, heads D]; bias: [W, heads, N, N], for each W rows of B.
+
+        The bias is added in floating point: masked scores lie far below all others and would stretch their range.
+        """
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        # The scale follows the product, so that the product is one of integers.
+        scores = self.scores((q @ k.transpose(-2, -1)) * self.scale)
+        if bias is not None:
+            scores = (scores.view(-1, len(bias), *scores.shape[1:]) + bias).flatten(0, 1)
+        mixed: Tensor = self.softmax(scores.softmax(-1)) @ v
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class QuantizedAttention(AttentionSlots):
+    """timm's `Attention`."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__(attention.num_heads, attention.scale)
+        self.qkv = attention.qkv
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.norm = getattr(attention, "norm", nn.Identity())
+        self.gate = getattr(attention, "gate", None)
+        self.proj = attention.proj
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: [B, N, D] -> [B, N, D]. Raises DfqError for a mask, which no image classifier passes."""
         if attn_mask is not None or is_causal:
             raise DfqError("the attention of a quantized model takes no mask")
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k, v = self.q(self.q_norm(q)), self.k(self.k_norm(k)), self.v(v)
-        # The scale follows the product, so that the product is one of integers.
-        scores = self.scores((q @ k.transpose(-2, -1)) * self.scale)
-        mixed = self.softmax(scores.softmax(-1)) @ v
-        mixed = self.norm(mixed.transpose(1, 2).flatten(2))
+        q, k, v = self.split(self.qkv(x))
+        mixed = self.norm(self.mix(self.q_norm(q), self.k_norm(k), v))
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()
         out: Tensor = self.proj(mixed)
@@ -115,6 +145,76 @@ class QuantizedBlock(nn.Module):
         return out
 
 
+class QuantizedWindowAttention(AttentionSlots):
+    """timm's `WindowAttention`, of Swin."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, attention: WindowAttention) -> None:
+        super().__init__(attention.num_heads, attention.scale)
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x: [B W, N, D] of W windows per image, mask: [W, N, N], added to the scores -> [B W, N, D]."""
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+        if mask is not None:
+            bias = bias + mask.unsqueeze(1)
+        q, k, v = self.split(self.qkv(x))
+        out: Tensor = self.proj(self.mix(q, k, v, bias))
+        return out
+
+
+class QuantizedSwinBlock(nn.Module):
+    """timm's `SwinTransformerBlock`, with slots on both residual sums."""
+
+    mask: Tensor | None
+
+    def __init__(self, block: SwinTransformerBlock) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = QuantizedWindowAttention(block.attn)
+        self.mlp = block.mlp
+        self.window_size, self.shift_size = block.window_size, block.shift_size
+        mask = block.get_attn_mask()  # Blocks for images of any size do not keep it.
+        self.register_buffer("mask", None if mask is None else mask.to(block.norm1.weight.device), persistent=False)
+        self.residual_attn: nn.Module = nn.Identity()
+        self.residual_mlp: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, D] -> [B, H, W, D]."""
+        # The sums as rows of tokens: of four axes, the second would be taken for heads.
+        tokens = self.residual_attn((x + self._attend(self.norm1(x))).flatten(1, 2))
+        out: Tensor = self.residual_mlp(tokens + self.mlp(self.norm2(tokens)))
+        return out.view(x.shape)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, D] -> [B, H, W, D], each token attending to those of its window."""
+        height, width = x.shape[1:3]
+        (rows, columns), (down, right) = self.window_size, self.shift_size
+        x = F.pad(x.roll((-down, -right), (1, 2)), (0, 0, 0, -width % columns, 0, -height % rows))
+        windows = self.attn(window_partition(x, self.window_size).flatten(1, 2), self.mask)
+        whole: Tensor = window_reverse(windows, self.window_size, *x.shape[1:3])
+        return whole[:, :height, :width].roll((down, right), (1, 2))
+
+
+class QuantizedPatchMerging(nn.Module):
+    """timm's `PatchMerging`, of Swin."""
+
+    def __init__(self, merging: PatchMerging) -> None:
+        super().__init__()
+        self.norm, self.reduction = merging.norm, merging.reduction
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, D] -> [B, H / 2, W / 2, 2 D], rounded up."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        batch, height, width, dim = x.shape
+        merged = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5)
+        tokens: Tensor = self.reduction(self.norm(merged.reshape(batch, -1, 4 * dim)))
+        return tokens.view(batch, height // 2, width // 2, -1)
+
+
 class Slotted(nn.Module):
     """Any module, with a slot on what it gives."""
 
@@ -128,19 +228,41 @@ class Slotted(nn.Module):
         return out
 
 
-def adapt(vit: VisionTransformer) -> VisionTransformer:
-    """Replace, in place, every layer of a timm `VisionTransformer` that has sites; its function does not change."""
-    vit.blocks = nn.Sequential(*(QuantizedBlock(block) for block in vit.blocks))
-    vit.patch_embed.norm = Slotted(vit.patch_embed.norm)
-    if vit.pos_embed is not None:  # Otherwise timm passes it by.
-        vit.pos_drop = Slotted(vit.pos_drop)
-    for parent in list(vit.modules()):
+def understood_parts(network: VisionTransformer | SwinTransformer) -> dict[str, type[nn.Module]]:
+    """What `adapt` takes each part for, by its path; a part comes after the one it is found in."""
+    parts: dict[str, type[nn.Module]] = {}
+    if isinstance(network, SwinTransformer):
+        for number, layer in enumerate(network.layers):
+            parts[f"layers.{number}.downsample"] = PatchMerging if number else nn.Identity
+            for index in range(len(layer.blocks)):
+                block = f"layers.{number}.blocks.{index}"
+                parts |= {block: SwinTransformerBlock, f"{block}.attn": WindowAttention, f"{block}.mlp": Mlp}
+        return parts | {"patch_embed": PatchEmbed, "head": ClassifierHead, "head.fc": nn.Linear}
+    for index in range(len(network.blocks)):
+        block = f"blocks.{index}"
+        parts |= {block: Block, f"{block}.attn": Attention, f"{block}.mlp": Mlp}
+    return parts | {"patch_embed": PatchEmbed, "head": nn.Linear}
+
+
+def adapt(network: VisionTransformer | SwinTransformer) -> VisionTransformer | SwinTransformer:
+    """Replace, in place, every layer that has sites; the network's function does not change."""
+    if isinstance(network, SwinTransformer):
+        for layer in network.layers:
+            layer.blocks = nn.Sequential(*(QuantizedSwinBlock(block) for block in layer.blocks))
+            if isinstance(layer.downsample, PatchMerging):
+                layer.downsample = QuantizedPatchMerging(layer.downsample)
+    else:
+        network.blocks = nn.Sequential(*(QuantizedBlock(block) for block in network.blocks))
+        if network.pos_embed is not None:  # Otherwise timm passes it by.
+            network.pos_drop = Slotted(network.pos_drop)
+    network.patch_embed.norm = Slotted(network.patch_embed.norm)
+    for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, QuantizedLinear(child))
             elif type(child) is nn.Conv2d:
                 setattr(parent, name, QuantizedConv2d(child))
-    return vit.eval()
+    return network.eval()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dfq.errors import RecipeError
-from dfq.ptq.modules import QuantizedAttention, QuantizedBlock, QuantizedLayer, Slotted
+from dfq.ptq.modules import AttentionSlots, QuantizedBlock, QuantizedLayer, QuantizedSwinBlock, Slotted
 from dfq.recipe import Bits, Recipe, SiteSettings
 
 POSITION_EMBEDDING = "pos_embed"
@@ -54,9 +54,9 @@ def list_sites(vit: nn.Module, scope: str) -> list[Site]:
         slots: tuple[str, ...] = ()
         if isinstance(module, QuantizedLayer):
             slots = ("input", "weight", "output") if full else ("input", "weight")
-        elif isinstance(module, QuantizedAttention):
+        elif isinstance(module, AttentionSlots):
             slots = ("q", "k", "v", "scores", "softmax") if full else ("q", "k", "v", "softmax")
-        elif isinstance(module, QuantizedBlock) and full:
+        elif isinstance(module, QuantizedBlock | QuantizedSwinBlock) and full:
             slots = ("residual_attn", "residual_mlp")
         elif isinstance(module, Slotted) and full:
             slots = ("output",)
@@ -105,4 +105,4 @@ def _check_granularity(site: Site, settings: SiteSettings) -> None:
 
 def _is_first_or_last(site: Site) -> bool:
     """Whether a site belongs to the patch embedding or a classifier (DeiT's distilled models have two)."""
-    return site.owner == "patch_embed.proj" or site.owner in ("head", "head_dist")
+    return site.owner in ("patch_embed.proj", "head", "head_dist", "head.fc")

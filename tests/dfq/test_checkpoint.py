@@ -19,7 +19,7 @@ from dfq.checkpoint import CONFIG, WEIGHTS, claim_directory, config_of, is_quant
 from dfq.errors import CheckpointError, DfqError, UsageError
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
-from dfq.recipe import recipe_from_dict
+from dfq.recipe import DEFAULT_RECIPE, recipe_from_dict
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def check_same(loaded: QuantizedModel, original: QuantizedModel) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["fast", "paper"])
 @pytest.mark.parametrize("bits", ["w4a4", "w3a8", "w8a16"])
 def test_logits_come_back_bit_for_bit(
     preset: str, bits: str, reference: Model, noise: CalibrationSet, tmp_path: Path
@@ -82,6 +82,22 @@ def test_other_architectures_come_back_too(
     quantized = dfq.quantize(model, "w5a8", calibration=images_for(), recipe=recipe, progress=False)
     dfq.save(quantized, tmp_path)
     check_same(dfq.load(tmp_path, device="cpu"), quantized)
+
+
+def test_offsets_that_the_architecture_does_not_know_come_back(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], tmp_path: Path
+) -> None:
+    """Ranges moved out of a layer norm leave an offset in the linear after it."""
+    model = tiny(qkv_bias=False)
+    assert model.module.blocks[0].attn.qkv.bias is None
+    content = {"reparametrize": "full", "sites": {"*.attn.qkv.input": {"granularity": "channel"}}}
+    recipe = recipe_from_dict(content, name="mine", where="test")
+    quantized = dfq.quantize(model, "w4a8", calibration=images_for(), recipe=recipe, progress=False)
+    assert quantized.tensors()["blocks.0.attn.qkv.bias"].abs().max() > 0
+    dfq.save(quantized, tmp_path)
+    loaded = dfq.load(tmp_path, device="cpu")
+    check_same(loaded, quantized)
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
 
 
 def test_weights_take_the_space_of_their_bits(reference: Model, noise: CalibrationSet, tmp_path: Path) -> None:
@@ -117,7 +133,7 @@ def test_the_config_tells_what_the_model_is(saved: Path, w4a8: QuantizedModel) -
     assert config["bits"] == "w4a8"
     assert config["model"]["name"] == "reference"
     assert len(config["model"]["fingerprint"]) == 64
-    assert config["recipe"]["name"] == "default"
+    assert config["recipe"]["name"] == DEFAULT_RECIPE
     assert config["sites"]["blocks.0.attn.qkv.weight"]["shape"] == [192, 64]
     assert config["sites"]["blocks.0.attn.qkv.weight"]["bits"] == 4
     assert config["preprocessing"]["mean"] == [0.305, 0.305, 0.305]
@@ -128,7 +144,7 @@ def test_the_config_tells_what_the_model_is(saved: Path, w4a8: QuantizedModel) -
 
 def test_saving_again_replaces(saved: Path, reference: Model, noise: CalibrationSet) -> None:
     (saved / "notes.txt").write_text("mine")
-    other = dfq.quantize(reference, "w8a8", calibration=noise, progress=False)
+    other = dfq.quantize(reference, "w8a8", calibration=noise, recipe="paper", progress=False)
     dfq.save(other, saved)
     check_same(dfq.load(saved, device="cpu"), other)
     assert (saved / "notes.txt").read_text() == "mine"
@@ -238,6 +254,21 @@ def test_a_tensor_of_another_shape(saved: Path) -> None:
     tensors = load_file(saved / WEIGHTS)
     tensors["head.weight.integers"] = tensors["head.weight.integers"][:-1].clone()
     save_file(tensors, saved / WEIGHTS)
+    edit(saved, lambda config: config.update(sha256=sha256(saved / WEIGHTS)))
+    with pytest.raises(CheckpointError, match="do not make a model"):
+        dfq.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("blocks.0.attn.nothing.bias", torch.zeros(192)),
+        ("blocks.0.norm1.surplus", torch.zeros(64)),
+        ("blocks.0.attn.qkv.bias", torch.zeros(191)),
+    ],
+)
+def test_a_tensor_without_a_place(name: str, value: torch.Tensor, saved: Path) -> None:
+    save_file(load_file(saved / WEIGHTS) | {name: value}, saved / WEIGHTS)
     edit(saved, lambda config: config.update(sha256=sha256(saved / WEIGHTS)))
     with pytest.raises(CheckpointError, match="do not make a model"):
         dfq.load(saved)

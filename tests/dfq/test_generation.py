@@ -224,7 +224,7 @@ def test_the_run_says_in_which_precision_it_was_made(reference: Model) -> None:
 
 def test_the_command_has_the_defaults_of_the_function() -> None:
     """They stand twice, because the options must not wait for torch."""
-    commands = dict.fromkeys(("generate", "quantize", "evaluate", "list", "demo"), lambda _: None)
+    commands = dict.fromkeys(("generate", "quantize", "sensitivity", "evaluate", "list", "demo"), lambda _: None)
     given = build_parser(commands).parse_args(["generate", "reference", "--out", "somewhere"])
     defaults = {name: parameter.default for name, parameter in inspect.signature(dfq.generate).parameters.items()}
     options = {name: name for name in defaults} | {"initial": "init"}

@@ -263,7 +263,12 @@ def test_networks_that_cannot_be_inverted(name: str, changes: dict[str, Any], sa
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "is a SwinTransformer, not a timm VisionTransformer, and no other can be"),
+        (
+            "swinv2_tiny_window8_256",
+            {},
+            "is a SwinTransformerV2, neither a timm VisionTransformer nor a SwinTransformer, and no other can be",
+        ),
+        ("swin_tiny_patch4_window7_224", {"num_classes": 0}, "head.fc is a Identity, .* only timm's Linear"),
         ("vit_small_patch16_18x2_224", {"depth": 1}, "blocks.0 is a ParallelThingsBlock"),
         ("vit_dwee_patch16_reg1_gap_256", {"depth": 1}, "blocks.0.attn is a DiffAttention"),
         ("vit_giant_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 2}, "blocks.0.mlp is a GluMlp"),
@@ -291,12 +296,13 @@ def test_support_is_told_with_the_reasons() -> None:
     for name in (VIT, "reference"):
         assert describe_support(name) == Support(name, "class token", None, None, None)
     swin = describe_support("swin_tiny_patch4_window7_224")
-    assert (swin.saliency, swin.dense_refusal) == (None, None)
+    assert (swin.saliency, swin.dense_refusal, swin.quantization_refusal) == (None, None, None)
     assert swin.sparse_refusal == (
         "this SwinTransformer is no timm VisionTransformer, the one kind of model that can leave patches out: "
         "use a dense method for it, such as `dense`"
     )
-    assert str(swin.quantization_refusal).startswith("swin_tiny_patch4_window7_224 is a SwinTransformer, not a timm")
+    second = describe_support("swinv2_tiny_window8_256")
+    assert str(second.quantization_refusal).startswith("swinv2_tiny_window8_256 is a SwinTransformerV2, neither a timm")
     dino = describe_support("vit_small_patch14_dinov2")
     assert dino.saliency is None
     assert dino.dense_refusal == dino.sparse_refusal == dino.quantization_refusal

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 
 from dfq.errors import RecipeError, UsageError
-from dfq.recipe import PRESETS, Bits, SiteSettings, load_recipe, parse_bits, preset_names, recipe_from_dict
+from dfq.recipe import (
+    DEFAULT_RECIPE,
+    PRESETS,
+    Bits,
+    Compensation,
+    OutputSearch,
+    Reconstruction,
+    SiteSettings,
+    load_recipe,
+    parse_bits,
+    preset_names,
+    recipe_from_dict,
+)
 
 
 def made(content: dict[str, Any]) -> Any:
@@ -35,7 +47,8 @@ def test_bits_that_are_not_to_be_had(text: str) -> None:
 
 
 def test_the_presets_load_under_their_names() -> None:
-    assert {"default", "paper"} <= set(preset_names())
+    assert {"fast", "paper"} <= set(preset_names())
+    assert DEFAULT_RECIPE in preset_names()
     for name in preset_names():
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -44,17 +57,18 @@ def test_the_presets_load_under_their_names() -> None:
 
 
 def test_the_scopes_of_the_presets() -> None:
-    default, paper = load_recipe("default"), load_recipe("paper")
-    assert (default.scope, default.first_last_bits) == ("gemm", 8)
+    fast, paper = load_recipe("fast"), load_recipe("paper")
+    assert (fast.scope, fast.first_last_bits) == ("gemm", 8)
     assert (paper.scope, paper.first_last_bits) == ("full", None)
     # FIELD 1.4: symmetric per channel for weights, asymmetric per tensor for activations, min-max for both.
     assert paper.weights == SiteSettings(symmetric=True, granularity="channel", range="minmax")
     assert paper.activations == SiteSettings(symmetric=False, granularity="tensor", range="minmax")
     assert not paper.settings("blocks.3.attn.softmax", is_weight=False).quantize
-    softmax = default.settings("blocks.3.attn.softmax", is_weight=False)
-    gelu = default.settings("blocks.3.mlp.fc2.input", is_weight=False)
-    assert (softmax.quantizer, softmax.split) == ("twin_uniform", "magnitude")
-    assert (gelu.quantizer, gelu.split) == ("twin_uniform", "sign")
+    for block in ("blocks.3", "layers.1.blocks.0"):
+        softmax = fast.settings(f"{block}.attn.softmax", is_weight=False)
+        gelu = fast.settings(f"{block}.mlp.fc2.input", is_weight=False)
+        assert (softmax.quantizer, softmax.split) == ("least_error", "magnitude")
+        assert (gelu.quantizer, gelu.split) == ("least_error", "sign")
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -118,12 +132,12 @@ def test_later_patterns_win() -> None:
         ({"weights": {"granularity": "head"}}, r"mine\.toml, weights: granularity 'head' is not for weights"),
         (
             {"activations": {"range": "percentile", "percent": 20}},
-            "percent must lie above 50 and at most at 100, not 20",
+            r"percent must be a number from 50\.0 to 100\.0, not 20",
         ),
-        ({"activations": {"range": "percentile", "percent": "99"}}, "percent must lie above 50 .* not '99'"),
+        ({"activations": {"range": "percentile", "percent": "99"}}, "percent must be a number from .* not '99'"),
         ({"activations": {"range": "minmax", "percent": 99.0}}, r"mine\.toml, activations: .*percent"),
         ({"activations": {"quantizer": "twin_uniform"}}, "needs split = 'magnitude' or 'sign'"),
-        ({"activations": {"split": "sign"}}, "split belongs to the twin_uniform quantizer"),
+        ({"activations": {"split": "sign"}}, "split belongs to the quantizers twin_uniform, log and least_error"),
         ({"weights": 4}, "weights must be a table"),
         ({"sites": [1]}, "sites must be a table"),
         ({"sites": {"*.q": 4}}, r"sites\.'\*\.q' must be a table"),
@@ -136,8 +150,8 @@ def test_mistakes(content: dict[str, Any], said: str) -> None:
 
 
 def test_a_name_that_is_no_preset() -> None:
-    with pytest.raises(RecipeError, match=r"unknown recipe 'defalt' \(did you mean 'default'\?\): .* ends in \.toml"):
-        load_recipe("defalt")
+    with pytest.raises(RecipeError, match=r"unknown recipe 'papre' \(did you mean 'paper'\?\): .* ends in \.toml"):
+        load_recipe("papre")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -156,3 +170,87 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_recipe_error_is_wrong_usage() -> None:
     assert issubclass(RecipeError, UsageError)
+
+
+ALGORITHMS = {
+    "num_images": 48,
+    "reparametrize": "full",
+    "range_search": {"error": "output", "rounds": 2, "images": 7},
+    "compensation": {"evenness": 0.25, "damping": [0.01, 1.0]},
+    "reconstruction": {"iterations": 5, "batch_size": 3, "weight_rate": 1e-4, "drop": 0.0},
+}
+
+
+def test_algorithms_and_their_settings() -> None:
+    recipe = made(ALGORITHMS)
+    assert (recipe.num_images, recipe.reparametrize) == (48, "full")
+    assert recipe.range_search == OutputSearch(error="output", rounds=2, images=7)
+    assert recipe.compensation == Compensation(evenness=0.25, damping=(0.01, 1.0))
+    assert recipe.reconstruction == Reconstruction(iterations=5, batch_size=3, weight_rate=1e-4, drop=0.0)
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict())), name="x", where="y") == recipe
+
+
+def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_settings() -> None:
+    recipe = made({})
+    assert (recipe.reparametrize, recipe.range_search, recipe.compensation, recipe.reconstruction) == (None,) * 4
+    assert not {"reparametrize", "range_search", "compensation", "reconstruction"} & recipe.to_dict().keys()
+    recipe = made({"range_search": {}, "compensation": {}, "reconstruction": {}})
+    assert (recipe.range_search, recipe.compensation, recipe.reconstruction) == (
+        OutputSearch(),
+        Compensation(),
+        Reconstruction(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"reparametrize": True}, r"mine\.toml: reparametrize must be one of 'full', 'searched', not True"),
+        ({"num_images": 0}, "num_images must be a whole number from 1 to 1048576, not 0"),
+        ({"num_images": 32.0}, r"num_images must be a whole number from .* not 32\.0"),
+        ({"range_search": True}, "range_search must be a table"),
+        (
+            {"range_search": {"error": "hessian"}},
+            "range_search: error must be one of 'output', 'fisher', not 'hessian'",
+        ),
+        ({"range_search": {"rounds": 0}}, "range_search: rounds must be a whole number from 1 to 10, not 0"),
+        ({"range_search": {"round": 1}}, r"unknown key 'round' \(did you mean 'rounds'\?\)"),
+        ({"range_search": {"images": True}}, "images must be a whole number from 1 to 1024, not True"),
+        ({"compensation": {"evenness": 1.5}}, r"compensation: evenness must be a number from 0\.0 to 1\.0, not 1\.5"),
+        ({"compensation": {"damping": []}}, r"damping must be a number from .* not \[\]"),
+        ({"compensation": {"damping": [0.1, "a"]}}, r"damping must be a number from .* not \[0\.1, 'a'\]"),
+        ({"reconstruction": {"drop": [0.5]}}, r"drop must be a number from .* not \[0\.5\]"),
+        ({"activations": {"outliers": 0.5}}, "outliers must be a number from .* not 0.5"),
+        ({"weights": {"outliers": 20}}, "weights: outliers are kept apart in activations, not in weights"),
+        ({"activations": {"base": "2"}}, "base belongs to the log quantizer"),
+        ({"activations": {"quantizer": "log", "base": "2"}}, "'log' needs split = 'magnitude' or 'sign'"),
+    ],
+)
+def test_mistakes_in_algorithms_and_grids(content: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        made(content)
+    assert str(caught.value).startswith("mine.toml")
+
+
+@pytest.mark.parametrize("block", ["blocks.3", "layers.1.blocks.0"])
+def test_the_published_methods(block: str) -> None:
+    """PTQ4ViT (ECCV 2022) and RepQ-ViT (ICCV 2023): nominal bits everywhere."""
+    ptq4vit, repq = load_recipe("ptq4vit"), load_recipe("repq")
+    assert ptq4vit.scope == repq.scope == "gemm"
+    assert ptq4vit.first_last_bits is repq.first_last_bits is None
+
+    assert ptq4vit.range_search == OutputSearch(error="fisher", rounds=3, images=32)
+    assert ptq4vit.weights == SiteSettings(symmetric=True, granularity="tensor")
+    assert not ptq4vit.settings("patch_embed.proj.input", is_weight=False).quantize
+    assert ptq4vit.settings("patch_embed.proj.weight", is_weight=True).granularity == "channel"
+    for name, split in ((f"{block}.attn.softmax", "magnitude"), (f"{block}.mlp.fc2.input", "sign")):
+        settings = ptq4vit.settings(name, is_weight=False)
+        assert (settings.quantizer, settings.split) == ("twin_uniform", split)
+
+    assert (repq.reparametrize, repq.range_search, repq.compensation) == ("full", None, None)
+    names = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "reduction")
+    by_channel = {n for n in names if repq.settings(f"{block}.{n}.input", is_weight=False).granularity == "channel"}
+    assert by_channel == {"attn.qkv", "mlp.fc1", "reduction"}
+    assert {repq.settings(f"{block}.{n}.weight", is_weight=True).granularity for n in names} == {"channel"}
+    softmax = repq.settings(f"{block}.attn.softmax", is_weight=False)
+    assert (softmax.quantizer, softmax.base) == ("log", "sqrt2")

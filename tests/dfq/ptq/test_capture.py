@@ -1,14 +1,11 @@
-"""What is recorded of activations, and the stages they are recorded in."""
+"""What is recorded of activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dfq.models import Model
 from dfq.ptq import capture
 from dfq.ptq.capture import Extremes, InputImportance, Sample, token_importance
 
@@ -31,7 +28,7 @@ def test_extremes_of_heads_are_kept_apart() -> None:
 def test_attention_maps_of_different_sizes_have_the_heads_in_common() -> None:
     small = torch.tensor([[[[1.0]], [[-4.0]]]])  # [1, 2 heads, 1, 1]
     large = torch.tensor([[[[2.0, 3.0], [0.0, 5.0]], [[7.0, 6.0], [-1.0, 0.0]]]])  # [1, 2 heads, 2, 2]
-    extremes, sample = Extremes(), Sample(lambda x: 1.0, seed=0)
+    extremes, sample = Extremes(), Sample(1.0, seed=0)
     for x in (large, small, large):
         extremes.add(x)
         sample.add(x)
@@ -51,7 +48,7 @@ def test_extremes_keep_nan() -> None:
 
 
 def test_a_whole_sample_is_everything() -> None:
-    sample = Sample(lambda x: 1.0, seed=0)
+    sample = Sample(2.0, seed=0)
     tokens = torch.arange(12.0).view(2, 3, 2)
     sample.add(tokens)
     sample.add(tokens + 100)
@@ -59,7 +56,7 @@ def test_a_whole_sample_is_everything() -> None:
 
 
 def test_a_sample_of_heads_has_them_on_axis_1() -> None:
-    sample = Sample(lambda x: 1.0, seed=0)
+    sample = Sample(1.0, seed=0)
     x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     sample.add(x)
     values = sample.values()
@@ -68,20 +65,29 @@ def test_a_sample_of_heads_has_them_on_axis_1() -> None:
         assert torch.equal(values[:, head].flatten(), x[:, head].flatten())
 
 
-def test_a_share_is_drawn_without_replacement_and_whole_rows() -> None:
-    sample = Sample(lambda x: 0.25, seed=0)
+def test_a_share_is_drawn_without_replacement_and_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "SAMPLE_ELEMENTS", 75)  # of 300
+    sample = Sample(1.0, seed=0)
     rows = torch.arange(100.0)[:, None].expand(100, 3)
     sample.add(rows.reshape(4, 25, 3))
     values = sample.values()
     assert values.shape == (25, 3)
     assert bool((values == values[:, :1]).all())
     assert len(set(values[:, 0].tolist())) == 25
-    again = Sample(lambda x: 0.25, seed=0)
+    again = Sample(1.0, seed=0)
     again.add(rows.reshape(4, 25, 3))
     assert torch.equal(values, again.values())
 
 
-@pytest.mark.parametrize("recorder", [Extremes(), Sample(lambda x: 1.0, seed=0)])
+def test_a_sample_of_several_batches_is_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "SAMPLE_ELEMENTS", 75)
+    sample = Sample(2.5, seed=0)
+    for images in (4, 4, 2):
+        sample.add(torch.rand(images, 25, 3))  # 750 elements in all: a tenth of the rows
+    assert sample.values().shape == (10 + 10 + 5, 3)
+
+
+@pytest.mark.parametrize("recorder", [Extremes(), Sample(1.0, seed=0)])
 def test_a_site_nothing_passed_is_an_error_of_the_program(recorder: Extremes | Sample) -> None:
     with pytest.raises(RuntimeError, match="no activation passed"):
         recorder.values()
@@ -106,45 +112,6 @@ def test_recording_ends_with_its_block() -> None:
     assert not slot._forward_hooks
 
 
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_the_stages_together_are_the_forward_pass(architecture: str, tiny: Callable[..., Model]) -> None:
-    module = tiny(architecture).module
-    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    tokens = capture.stem(module, x, None)
-    assert tokens.shape == (3, module.num_prefix_tokens + 16, 24)
-    for block in module.blocks:
-        tokens = block(tokens)
-    torch.testing.assert_close(capture.head(module, tokens), module(x))
-
-
-def test_the_stem_of_a_sparse_batch_keeps_the_prefix_and_the_kept_patches(tiny: Callable[..., Model]) -> None:
-    module = tiny(reg_tokens=2).module
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    dense = capture.stem(module, x, None)
-    keep = torch.tensor([[0, 5, 15], [1, 2, 3]])
-    sparse = capture.stem(module, x, keep)
-    for image in range(2):
-        expected = torch.cat([dense[image, :3], dense[image, 3 + keep[image]]])
-        assert torch.equal(sparse[image], expected)
-
-
-def test_the_stem_leaves_the_model_as_it_was(tiny: Callable[..., Model]) -> None:
-    module = tiny().module
-    slot = module.patch_drop
-    capture.stem(module, torch.zeros(1, 3, 32, 32), torch.tensor([[0]]))
-    assert module.patch_drop is slot
-    assert not module.blocks._forward_pre_hooks
-
-    def broken(_x: Tensor) -> Tensor:
-        raise ZeroDivisionError
-
-    module.norm_pre.forward = broken
-    with pytest.raises(ZeroDivisionError):
-        capture.stem(module, torch.zeros(1, 3, 32, 32), torch.tensor([[0]]))
-    assert module.patch_drop is slot
-    assert not module.blocks._forward_pre_hooks
-
-
 def test_input_importance_by_hand() -> None:
     recorder = InputImportance()
     # Mean squares of the tokens are 1, 16 and 16, so their squares count 1, 1/8 and 1/8 times.
@@ -166,3 +133,13 @@ def test_tokens_of_zeros_are_no_trouble() -> None:
     recorder = InputImportance()
     recorder.add(torch.zeros(1, 3, 4))
     assert recorder.values().tolist() == [0.0] * 4
+
+
+def test_the_largest_tokens_are_kept_whatever_is_drawn() -> None:
+    x = torch.zeros(2, capture.SAMPLE_ELEMENTS // 8, 8)  # Two times what a sample takes.
+    x[0, 17, 3], x[1, 5, 2] = -100.0, 90.0
+    sample = Sample(1.0, seed=0, largest=2)
+    sample.add(x)
+    values = sample.values()
+    assert (values.amin(), values.amax()) == (-100.0, 90.0)
+    assert len(values) <= capture.SAMPLE_ELEMENTS // 8 + 2

@@ -11,7 +11,7 @@ from dfq.errors import RecipeError
 from dfq.models import Model
 from dfq.ptq.modules import adapt
 from dfq.ptq.sites import PlannedSite, list_sites, plan_sites
-from dfq.recipe import Bits, load_recipe, recipe_from_dict
+from dfq.recipe import Bits, load_recipe, preset_names, recipe_from_dict
 
 BLOCK_GEMM = {
     "attn.qkv.input",
@@ -80,8 +80,8 @@ def test_a_model_without_position_embedding_has_no_sites_for_it(tiny: Callable[.
     assert names == in_blocks(BLOCK_FULL) | ENDS_FULL - {"pos_embed", "pos_drop.output"}
 
 
-def test_default_keeps_first_and_last_at_8_bits(tiny: Callable[..., Model]) -> None:
-    plan = planned(tiny("deit_tiny_distilled_patch16_224"), "default")
+def test_fast_keeps_first_and_last_at_8_bits(tiny: Callable[..., Model]) -> None:
+    plan = planned(tiny("deit_tiny_distilled_patch16_224"), "fast")
     ends = ENDS_GEMM | {"head_dist.input", "head_dist.weight"}
     assert {name for name, p in plan.items() if p.bits == 8} == ends
     inner = set(plan) - ends
@@ -99,7 +99,7 @@ def test_paper_quantizes_everything_but_softmax_at_the_nominal_bits(tiny: Callab
 
 
 def test_16_bit_activations_leave_only_weights(tiny: Callable[..., Model]) -> None:
-    for preset in ("default", "paper"):
+    for preset in preset_names():
         plan = planned(tiny(), preset, Bits(4, None))
         assert plan
         assert all(p.site.is_weight for p in plan.values())
@@ -148,7 +148,11 @@ def test_a_pattern_without_a_site_is_refused_with_the_nearest(tiny: Callable[...
     [
         ("head.weight", {"granularity": "head"}, "granularity 'head' is not for weights"),
         ("blocks.0.attn.softmax", {"quantizer": "twin_uniform"}, "needs split"),
-        ("blocks.0.attn.softmax", {"split": "sign"}, "split belongs to the twin_uniform quantizer"),
+        ("blocks.0.attn.softmax", {"split": "sign"}, "split belongs to the quantizers twin_uniform, log and"),
+        ("blocks.0.attn.softmax", {"base": "2"}, "base belongs to the log quantizer"),
+        ("blocks.0.mlp.fc1.weight", {"outliers": 20}, "outliers are kept apart in activations, not in weights"),
+        ("blocks.0.mlp.fc1.weight", {"range": "token_mse"}, "range 'token_mse' is not for weights"),
+        ("blocks.0.mlp.fc1.input", {"range": "output_mse"}, "range 'output_mse' is not for activations"),
         ("head.input", {"percent": 99.0}, "percent"),
         ("head.input", {"granularity": "head"}, "granularity 'head' is only for q, k, v"),
         ("blocks.0.attn.softmax", {"granularity": "channel"}, "granularity 'channel' is not for attention maps"),

@@ -1,0 +1,269 @@
+"""One stage quantized: what passes it is recorded, then its activations get quantizers and its weights integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.errors import DfqError
+from dfq.ptq import capture
+from dfq.ptq.capture import Extremes, InputImportance, Sample
+from dfq.ptq.compensate import SecondMoment, round_compensated
+from dfq.ptq.gradients import tempered
+from dfq.ptq.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, quantize_parameter
+from dfq.ptq.reparametrize import equalizing, exchanges
+from dfq.ptq.search import convolution_rows
+from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
+from dfq.ptq.stages import Stage
+from dfq.recipe import Compensation, Reparametrization
+from quantizers import OutlierQuantizer, Quantizer, UniformQuantizer, outlier_channels
+
+# Of each batch these are looked at whatever is drawn, where channels may have to be kept apart.
+_LARGEST_TOKENS = 4
+
+
+@dataclass
+class Observed:
+    """What was seen of one stage in full precision.
+
+    outputs: of the stage, batch by batch; values: of activation sites, by name, as their range search needs them;
+    importance and moments: of the inputs of weight sites, by the name of the weight's site.
+    """
+
+    outputs: list[Tensor]
+    values: dict[str, Tensor]
+    importance: dict[str, Tensor]
+    moments: dict[str, SecondMoment]
+
+
+def observe(
+    network: nn.Module,
+    sites: Iterable[PlannedSite],
+    compensation: Compensation | None,
+    inputs: Sequence[Any],
+    run: Callable[[Any], Tensor],
+    gradients: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+) -> Observed:
+    """Run a stage over all batches, recording what `sites`, those of the stage, need.
+
+    gradients: by the path of a layer, what `token_gradients` found, where tokens are to count by them.
+
+    Raises DfqError for activations that are not finite, naming the first site they are seen at.
+    """
+    sizes = [len(batch if isinstance(batch, Tensor) else batch[0]) for batch in inputs]
+    parts = sum(sizes) / sizes[0]
+    slots: dict[nn.Module, str] = {}
+    ranges: dict[str, Extremes | Sample] = {}
+    squares: dict[str, InputImportance] = {}
+    moments: dict[str, SecondMoment] = {}
+    listeners: list[dict[nn.Module, Any]] = [{}, {}, {}]
+    for p in sites:
+        name = p.site.name
+        if p.site.is_weight:
+            layer = layer_of(network, p.site.owner)
+            if p.settings.needs_importance:
+                squares[name] = listeners[1][layer.input] = InputImportance()
+            if compensation is not None and is_one_product(layer):
+                found = gradients.get(p.site.owner)
+                tokens = None if found is None else tempered(found, compensation.gradient)
+                moments[name] = SecondMoment(compensation.evenness, tokens)
+                listeners[2][layer.input] = _rows_into(moments[name], layer)
+        elif name != POSITION_EMBEDDING:
+            slot = network.get_submodule(name)
+            largest = 0 if p.settings.outliers is None else _LARGEST_TOKENS
+            sample = Sample(parts, seed=0, largest=largest) if p.settings.needs_values else Extremes()
+            ranges[name] = listeners[0][slot] = sample
+            slots[slot] = name
+    with (
+        capture.recording(listeners[0]) as passed,
+        capture.recording(listeners[1]),
+        capture.recording(listeners[2]),
+    ):
+        outputs = [run(batch) for batch in inputs]
+    values: dict[str, Tensor] = {}
+    # In the order of the forward pass: of values that are not finite, the error names the source.
+    for slot in passed | dict.fromkeys(slots):
+        name = slots[slot]
+        values[name] = ranges[name].values()
+        if not bool(values[name].isfinite().all()):
+            raise DfqError(f"cannot find a range for {name}: its activations hold NaN or infinity")
+    importance = {name: recorder.values() for name, recorder in squares.items()}
+    return Observed(outputs, values, importance, moments)
+
+
+def reparametrize(
+    stage: Stage,
+    sites: Sequence[PlannedSite],
+    values: Mapping[str, Tensor],
+    how: Reparametrization = "searched",
+) -> list[PlannedSite]:
+    """Move the ranges per channel of a stage into the layers around them where that is exact.
+
+    In full (RepQ-ViT) every channel of the activation gets all levels, but columns of the weights that share a scale
+    drift apart, which costs more than it brings where weights have fewer bits than activations: "searched" chooses how
+    far by the error of the product they enter. values: samples [..., C] of the sites, by name. Returns the sites as
+    they are to be quantized then: what was per channel and could be moved is per tensor.
+    """
+    if stage.module is None:
+        return list(sites)
+    planned = {p.site.name: p for p in sites}
+    for exchange in exchanges(stage.name, stage.module):
+        site = planned.get(exchange.site)
+        if site is None or site.settings.granularity != "channel":
+            continue
+        grid = fit_quantizer(site, values[exchange.site])
+        assert isinstance(grid, UniformQuantizer)
+        assert grid.scale is not None
+        assert grid.zero_point is not None
+        centre = grid.scale * ((grid.qmin + grid.qmax) / 2 - grid.zero_point)
+        strengths = _STRENGTHS if how == "searched" else (1.0,)
+        moves = [equalizing(grid.scale, centre, strength, offset=exchange.takes_offset) for strength in strengths]
+        site = replace(site, settings=replace(site.settings, granularity="tensor"))
+        planned[exchange.site] = site
+        if how == "searched":
+            moves.append((torch.ones_like(centre), torch.zeros_like(centre)))
+            weights = [(linear, planned.get(f"{name}.weight")) for name, linear in exchange.takers.items()]
+            rows = values[exchange.site].flatten(0, -2)
+            rows = rows[:: -(-len(rows) // _TRIAL_ROWS)]
+            errors = [_product_error(rows, ratio, offset, site, weights) for ratio, offset in moves]
+            moves = [moves[errors.index(min(errors))]]
+        exchange.rescale(*moves[0])
+    return list(planned.values())
+
+
+# Of the ratio between channels, as powers of it.
+_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_TRIAL_ROWS = 512
+
+
+def _product_error(
+    rows: Tensor,
+    ratio: Tensor,
+    offset: Tensor,
+    site: PlannedSite,
+    weights: Sequence[tuple[QuantizedLinear, PlannedSite | None]],
+) -> float:
+    """Squared error of what the takers give if `rows` were rescaled, every token counting alike; rows: [R, C]."""
+    scaled = rows / ratio + offset
+    rounded = fit_quantizer(site, scaled)(scaled)
+    error = torch.zeros(())
+    for linear, planned in weights:
+        weight = linear.weight * ratio
+        exact = scaled @ weight.T
+        size = (rows @ linear.weight.T).square().sum(-1).clamp(min=torch.finfo(rows.dtype).tiny)
+        found = rounded @ (weight if planned is None else fit_quantizer(planned, weight)(weight)).T
+        error = error + ((found - exact).square().sum(-1) / size).mean()
+    return float(error)
+
+
+def fit_quantizer(planned: PlannedSite, values: Tensor, importance: Tensor | None = None) -> Quantizer:
+    """The quantizer that a site's settings and values ask for. Raises DfqError where there is none."""
+    settings = planned.settings
+    if settings.range == "token_mse":
+        importance = capture.token_importance(values)
+    candidates = settings.build(planned.bits, is_weight=planned.site.is_weight)
+    if settings.outliers is not None:
+        channels = outlier_channels(values, settings.outliers)
+        if len(channels):
+            candidates = [OutlierQuantizer(quantizer, channels) for quantizer in candidates]
+    try:
+        fitted = [quantizer.fit(values, importance) for quantizer in candidates]
+    except ValueError as error:
+        raise DfqError(f"cannot find a range for {planned.site.name}: {error}") from error
+    if len(fitted) == 1:
+        return fitted[0]
+    weights = 1.0 if importance is None else importance
+    return min(fitted, key=lambda quantizer: float(((quantizer(values) - values).square() * weights).sum()))
+
+
+def fit_sites(network: nn.Module, sites: Iterable[PlannedSite], seen: Observed) -> dict[str, Quantizer]:
+    """A fitted quantizer for every site, by name; none takes its place yet."""
+    fitted: dict[str, Quantizer] = {}
+    for p in sites:
+        name = p.site.name
+        importance = None
+        if p.site.is_weight:
+            values = layer_of(network, p.site.owner).weight
+            if name in seen.importance:
+                # [C] against weights [out, C] of a linear or [out, C, kh, kw] of the patch embedding.
+                importance = seen.importance[name].view(-1, *[1] * (values.dim() - 2))
+        elif name == POSITION_EMBEDDING:
+            values = network.get_parameter(name)
+        else:
+            values = seen.values[name]
+        if name == PATCH_TOKENS:
+            values = torch.cat([tokens.flatten(0, -2) for tokens in (values, *joined_tokens(network))])
+        fitted[name] = fit_quantizer(p, values, importance)
+    return fitted
+
+
+def place_sites(
+    network: nn.Module,
+    sites: Iterable[PlannedSite],
+    fitted: Mapping[str, Quantizer],
+    moments: Mapping[str, SecondMoment],
+    dampings: Sequence[float],
+) -> None:
+    """Put quantizers where activations pass, and give weights their integers, compensated where there is a moment."""
+    for p in sites:
+        name, quantizer = p.site.name, fitted[p.site.name]
+        if not p.site.is_weight:
+            place(network, name, quantizer)
+            continue
+        layer = layer_of(network, p.site.owner)
+        if name in moments:
+            integers, _ = round_compensated(layer.weight.flatten(1), quantizer, moments[name], dampings)
+            layer.set_integers(quantizer, integers.view_as(layer.weight))
+        else:
+            layer.set_integers(quantizer, quantizer.quantize(layer.weight))
+
+
+def place(network: nn.Module, name: str, quantizer: Quantizer) -> None:
+    """Put a fitted quantizer where the site's activation passes; a learned tensor is put on its grid."""
+    owner, _, slot = name.rpartition(".")
+    if not owner:
+        quantize_parameter(getattr(network, slot), quantizer)
+        return
+    setattr(network.get_submodule(owner), slot, quantizer)
+    if name == PATCH_TOKENS:
+        for token in joined_tokens(network):
+            quantize_parameter(token, quantizer)
+
+
+def joined_tokens(network: nn.Module) -> list[nn.Parameter]:
+    """The learned tokens that timm joins to the patches: class, distillation, registers."""
+    tokens = (getattr(network, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+    return [token for token in tokens if token is not None]
+
+
+def layer_of(network: nn.Module, path: str) -> QuantizedLayer:
+    """The layer at this path, for the type checker."""
+    layer = network.get_submodule(path)
+    assert isinstance(layer, QuantizedLayer)
+    return layer
+
+
+def is_one_product(layer: QuantizedLayer) -> bool:
+    """Whether `convolution_rows` takes it, if it is no linear."""
+    return not isinstance(layer, QuantizedConv2d) or (layer.groups == 1 and not isinstance(layer.padding, str))
+
+
+def _rows_into(moment: SecondMoment, layer: QuantizedLayer) -> Any:
+    return _Unfolded(moment, layer) if isinstance(layer, QuantizedConv2d) else moment
+
+
+@dataclass(frozen=True)
+class _Unfolded:
+    """Hands images on as the rows that a convolution multiplies its weights by."""
+
+    moment: SecondMoment
+    layer: QuantizedConv2d
+
+    def add(self, x: Tensor) -> None:
+        rows = convolution_rows(x, self.layer)
+        self.moment.add(rows.view(len(x), -1, rows.shape[-1]))

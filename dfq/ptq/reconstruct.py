@@ -1,0 +1,235 @@
+"""Block reconstruction: a quantized block tuned by gradients until it gives again what it gave in full precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.passes import low_precision, resolve_precision
+from dfq.ptq.gradients import stage_importance
+from dfq.ptq.modules import AttentionSlots, QuantizedLayer
+from dfq.ptq.stages import Stage, stages, suffix
+from dfq.recipe import Reconstruction
+from quantizers import UniformQuantizer
+from quantizers.granularity import PerAxis
+
+
+def exact_weights(stage: Stage) -> dict[QuantizedLayer, Tensor]:
+    """The weights of a stage's layers as they are: to be taken before they are rounded."""
+    layers = () if stage.module is None else stage.module.modules()
+    return {layer: layer.weight for layer in layers if isinstance(layer, QuantizedLayer)}
+
+
+class Reconstructor:
+    """Tunes quantized stages one after the other.
+
+    network: adapted, in full precision; settings: of the recipe; batches: what enters the stem; run: the stem;
+    gradients: what `token_gradients` found, where tokens are to count by them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: Reconstruction,
+        batches: Sequence[Any],
+        run: Callable[[Any], Tensor],
+        gradients: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        self._network = network
+        self._settings = settings
+        self._gradients = gradients
+        self._quantized: Sequence[Any] = batches
+        self._generator = torch.Generator().manual_seed(0)
+        self._features: list[Tensor] = []
+        if settings.feature > 0:
+            stem = stages(network)[0]
+            self._features = [suffix(network, stem, run(batch)).feature for batch in batches]
+
+    def tune(
+        self,
+        stage: Stage,
+        exact: Mapping[QuantizedLayer, Tensor],
+        full: Sequence[Any],
+        targets: Sequence[Tensor],
+        run: Callable[[Any], Tensor],
+    ) -> None:
+        """Tune the weights, scales, biases and norms of a stage; its integers and scales are replaced in place.
+
+        Minimises the squared error of the stage's output, each token relative to its size, and, weighted, of the
+        features at the end of the network (GLF-Q), straight through the roundings (STE for values, LSQ, ICLR 2020, for
+        scales). What enters is what the quantized stages before give, some elements of it in full precision (QDrop,
+        ICLR 2022).
+
+        exact: the weights of the stage's layers before they were rounded; full: what enters the stage in full
+        precision, batch by batch; targets: what it gives then; run: the stage.
+        """
+        if stage.module is not None:
+            with _tunable(stage.module, exact) as tuned, torch.enable_grad():
+                self._descend(stage, tuned, full, targets)
+        self._quantized = [run(batch) for batch in self._quantized]
+
+    def _descend(self, stage: Stage, tuned: _Tuned, full: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        settings, device = self._settings, targets[0].device
+        precision = resolve_precision("auto", device)
+        importance = stage_importance(stage, self._gradients, settings.gradient)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": tuned.weights, "lr": settings.weight_rate},
+                {"params": tuned.scales, "lr": settings.scale_rate},
+                {"params": tuned.others, "lr": settings.bias_rate},
+            ]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
+        )
+        units: list[Tensor] = []
+        for _ in range(settings.iterations):
+            batch, chosen = _draw(targets, settings.batch_size, self._generator)
+            entering, target = self._quantized[batch][chosen], targets[batch][chosen]
+            dropped = torch.rand(entering.shape, generator=self._generator).to(device) < settings.drop
+            with low_precision(device, precision):
+                tuned.apply()
+                found = stage.run(torch.where(dropped, full[batch][chosen], entering))
+                ending = suffix(self._network, stage, found) if self._features else None
+            error = (found.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=_TINY)
+            losses = [(error if importance is None else error * importance[batch][chosen]).mean()]
+            if ending is not None:
+                losses.append((ending.feature.float() - self._features[batch][chosen]).square().mean())
+            # Each in units of what it was at first: their sizes differ from block to block.
+            units = units or [loss.detach().clamp(min=_TINY) for loss in losses]
+            weights = (1.0, settings.feature)[: len(losses)]
+            total = torch.stack([w * loss / unit for w, loss, unit in zip(weights, losses, units, strict=True)]).sum()
+            optimizer.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _draw(targets: Sequence[Tensor], count: int, generator: torch.Generator) -> tuple[int, Tensor]:
+    """A batch, and `count` of its images or all: batches may differ in their number of tokens."""
+    sizes = torch.tensor([len(batch) for batch in targets], dtype=torch.float32)
+    batch = int(torch.multinomial(sizes, 1, generator=generator))
+    return batch, torch.randperm(len(targets[batch]), generator=generator)[:count].to(targets[batch].device)
+
+
+@dataclass
+class _Tuned:
+    """What is tuned of a stage, in groups with a learning rate each, and the layers whose weights it makes."""
+
+    weights: list[nn.Parameter]
+    scales: list[nn.Parameter]
+    others: list[nn.Parameter]
+    layers: list[tuple[QuantizedLayer, nn.Parameter, _LearnedGrid]]
+
+    def apply(self) -> None:
+        """Give every layer its weights as they are now, rounded, with a gradient."""
+        for layer, weight, grid in self.layers:
+            layer.weight = grid(weight)
+
+
+@contextmanager
+def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor]) -> Iterator[_Tuned]:
+    """Open a quantized module for tuning; on leaving, its quantizers and integers are those of what was found."""
+    tuned = _Tuned([], [], [], [])
+    grids: list[tuple[nn.Module, str, UniformQuantizer, _LearnedGrid]] = []
+    slots = ("input", "output", "q", "k", "v", "scores", "softmax")
+    for part in list(module.modules()):
+        if isinstance(part, QuantizedLayer) and isinstance(part.weight_quantizer, UniformQuantizer):
+            grid = _LearnedGrid(part.weight_quantizer)
+            # Where the exact weight rounds to another integer than the compensated one, just inside that one's cell.
+            half = 0.499 * grid.step(part.weight)
+            start = part.weight + (exact[part] - part.weight).clamp(-half, half)
+            weight = nn.Parameter(start)
+            tuned.layers.append((part, weight, grid))
+            tuned.weights.append(weight)
+            tuned.scales.append(grid.log_scale)
+        if isinstance(part, QuantizedLayer | AttentionSlots):
+            for slot in slots:
+                quantizer = getattr(part, slot, None)
+                if isinstance(quantizer, UniformQuantizer):
+                    grid = _LearnedGrid(quantizer)
+                    grids.append((part, slot, quantizer, grid))
+                    setattr(part, slot, grid)
+                    tuned.scales.append(grid.log_scale)
+    tuned.others = [parameter for parameter in module.parameters() if _is_other(parameter, tuned)]
+    for parameter in tuned.others:
+        parameter.requires_grad_(True)
+    yield tuned
+    with torch.no_grad():
+        for part, slot, quantizer, grid in grids:
+            grid.hand_over()
+            setattr(part, slot, quantizer)
+        for layer, weight, grid in tuned.layers:
+            grid.hand_over()
+            assert layer.weight_quantizer is not None
+            layer.set_integers(layer.weight_quantizer, layer.weight_quantizer.quantize(weight))
+    for parameter in tuned.others:
+        parameter.requires_grad_(False)
+
+
+def _is_other(parameter: nn.Parameter, tuned: _Tuned) -> bool:
+    return not any(parameter is one for one in (*tuned.weights, *tuned.scales))
+
+
+class _LearnedGrid(nn.Module):
+    """A fitted uniform quantizer whose scale has a gradient; zero points stay."""
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        super().__init__()
+        assert quantizer.scale is not None
+        assert quantizer.zero_point is not None
+        self.quantizer = [quantizer]  # Not a submodule: its slot's tenant is this one for a while.
+        self.log_scale = nn.Parameter(quantizer.scale.log())
+        self.zero_point = quantizer.zero_point.float()
+
+    def step(self, x: Tensor) -> Tensor:
+        """The scale, shaped to broadcast against x."""
+        return self.quantizer[0].granularity.broadcast(self.log_scale.exp(), x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantizer = self.quantizer[0]
+        zero_point = quantizer.granularity.broadcast(self.zero_point, x)
+        axes = None
+        if isinstance(quantizer.granularity, PerAxis):
+            own = quantizer.granularity.axis % x.dim()
+            axes = [axis for axis in range(x.dim()) if axis != own]
+        lowest, highest = quantizer.qmin - zero_point, quantizer.qmax - zero_point
+        rounded: Tensor = _LearnedRounding.apply(x.float(), self.step(x), lowest, highest, axes)
+        return rounded
+
+    def hand_over(self) -> None:
+        """Give the quantizer the scale that was learned."""
+        quantizer = self.quantizer[0]
+        quantizer.load_tensors(quantizer.tensors() | {"scale": self.log_scale.detach().exp()})
+
+
+class _LearnedRounding(torch.autograd.Function):
+    """`s * clamp(round(x / s))`, its gradient straight through where not clipped; that of s as in LSQ, section 2.1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, axes: list[int] | None) -> Tensor:
+        code = (x / scale).round_()
+        clipped = torch.minimum(torch.maximum(code, lowest), highest)
+        inside = clipped == code
+        rounded = clipped.mul_(scale)
+        ctx.save_for_backward(x, scale, rounded, inside)
+        ctx.axes = axes
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, scale, rounded, inside = ctx.saved_tensors
+        passed = gradients[0] * inside
+        # d(x^)/ds is (x^ - x) / s where not clipped, x^ / s where clipped.
+        share = (gradients[0] * rounded).addcmul_(passed, x, value=-1)
+        total = share.sum() if ctx.axes is None else share.sum(ctx.axes, keepdim=True)
+        return passed, (total / scale).reshape(scale.shape), None, None, None

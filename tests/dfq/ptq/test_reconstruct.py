@@ -1,0 +1,115 @@
+"""Block reconstruction: errors that shrink, integers that fit their grids, gradients worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfq
+from calibration.calibration_set import CalibrationSet
+from dfq.models import Model
+from dfq.ptq.modules import QuantizedLayer
+from dfq.ptq.reconstruct import _LearnedRounding
+from dfq.recipe import Reconstruction, load_recipe
+from quantizers import UniformQuantizer
+
+BASE = replace(load_recipe("accurate"), num_images=8)
+SETTINGS = Reconstruction(iterations=30, batch_size=8, weight_rate=3e-3, scale_rate=3e-3, bias_rate=3e-3)
+
+
+def logits_error(model: Model, images: CalibrationSet, reconstruction: Reconstruction | None, bits: str) -> float:
+    recipe = replace(BASE, reconstruction=reconstruction)
+    quantized = dfq.quantize(model, bits, calibration=images, recipe=recipe, progress=False)
+    pixels = torch.cat([batch for batch, _ in images.batches(8, torch.device("cpu"))])
+    return float((quantized(pixels) - model(pixels)).square().mean())
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient": 0.5}, {"feature": 1.0}, {"drop": 0.0}, {"drop": 1.0}])
+def test_reconstruction_brings_the_logits_nearer(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], changes: dict[str, float]
+) -> None:
+    model, images = tiny(), images_for(8)
+    before = logits_error(model, images, None, "w3a4")
+    assert logits_error(model, images, replace(SETTINGS, **changes), "w3a4") < 0.95 * before
+
+
+def test_nothing_moves_at_rates_of_zero(tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]) -> None:
+    model, images = tiny(), images_for(8)
+    still = replace(SETTINGS, iterations=2, weight_rate=0.0, scale_rate=0.0, bias_rate=0.0)
+    plain, tuned = (
+        dfq.quantize(model, "w4a4", calibration=images, recipe=replace(BASE, reconstruction=how), progress=False)
+        for how in (None, still)
+    )
+    for name, tensor in plain.tensors().items():
+        torch.testing.assert_close(tuned.tensors()[name], tensor, rtol=1e-6, atol=0)
+
+
+def test_what_was_tuned_is_on_its_grids_saved_and_the_same_again(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], tmp_path: Path
+) -> None:
+    model, images = tiny(), images_for(8)
+    recipe = replace(BASE, reconstruction=replace(SETTINGS, iterations=5))
+    first, second = (dfq.quantize(model, "w4a4", calibration=images, recipe=recipe, progress=False) for _ in range(2))
+    for layer in first.module.modules():
+        if isinstance(layer, QuantizedLayer):
+            assert layer.integers is not None
+            assert layer.weight_quantizer is not None
+            assert torch.equal(layer.weight, layer.weight_quantizer.dequantize(layer.integers))
+            assert not layer.weight.requires_grad
+            assert isinstance(layer.input, UniformQuantizer) or type(layer.input).__module__.startswith("quantizers.")
+    assert not any(parameter.requires_grad for parameter in first.module.parameters())
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(first(x), second(x))
+    dfq.save(first, tmp_path)
+    assert torch.equal(dfq.load(tmp_path, device="cpu")(x), first(x))
+
+
+def test_sparse_images_and_batches_of_different_lengths(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    mask = torch.ones(6, 4, 4, dtype=torch.bool)
+    mask[:3, :2] = False
+    recipe = replace(BASE, reconstruction=replace(SETTINGS, iterations=4))
+    quantized = dfq.quantize(tiny(), "w4a4", calibration=images_for(6, mask), recipe=recipe, progress=False)
+    assert bool(quantized(torch.zeros(1, 3, 32, 32)).isfinite().all())
+
+
+def test_swin_is_reconstructed_too(tiny_swin: Callable[..., Model], images_for: Callable[..., CalibrationSet]) -> None:
+    images = images_for(4, torch.ones(4, 8, 8, dtype=torch.bool))
+    recipe = replace(BASE, reconstruction=replace(SETTINGS, iterations=3, feature=0.5))
+    tuned = dfq.quantize(tiny_swin(), "w3a8", calibration=images, recipe=recipe, progress=False)
+    plain = dfq.quantize(tiny_swin(), "w3a8", calibration=images, recipe=replace(BASE, reconstruction=None))
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    assert bool(tuned(x).isfinite().all())
+    moved = [name for name, tensor in plain.tensors().items() if not torch.equal(tensor, tuned.tensors()[name])]
+    for block in ("layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0"):
+        assert any(name.startswith(block) for name in moved)
+    assert not any(name.startswith(("patch_embed", "head", "norm")) for name in moved)
+
+
+def test_the_gradients_of_rounding_by_hand() -> None:
+    # Under scale 1 and integers 0..3: 0.4 becomes 0, 1.2 becomes 1, 9 is clipped to 3, -2 to 0.
+    x = torch.tensor([0.4, 1.2, 9.0, -2.0], requires_grad=True)
+    scale = torch.tensor(1.0, requires_grad=True)
+    low, high = torch.tensor(0.0), torch.tensor(3.0)
+    rounded = _LearnedRounding.apply(x, scale, low, high, None)
+    assert rounded.tolist() == [0.0, 1.0, 3.0, 0.0]
+    rounded.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+    # LSQ: round(v) - v where not clipped, the end of the range where clipped: -0.4 - 0.2 + 3 + 0.
+    assert float(scale.grad) == pytest.approx(2.4, abs=1e-6)
+
+
+def test_a_scale_per_channel_has_its_own_gradient() -> None:
+    x = torch.tensor([[0.4, 5.2], [1.2, 90.0]], requires_grad=True)
+    scale = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    rounded = _LearnedRounding.apply(x, scale, torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 3.0]]), [0])
+    assert rounded.tolist() == [[0.0, 6.0], [1.0, 6.0]]
+    rounded.sum().backward()
+    # Second channel: 5.2 / 2 = 2.6 rounds up by 0.4; 90 is clipped to 3 steps.
+    torch.testing.assert_close(scale.grad, torch.tensor([[-0.6, 3.4]]))
