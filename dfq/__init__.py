@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dfq.models import Model, load_model
     from dfq.preprocessing import Preprocessing
     from dfq.ptq.engine import QuantizedModel, quantize
+    from dfq.ptq.mixed_precision import MixedPrecision, mixed_precision
+    from dfq.ptq.sensitivity import Sensitivity, sensitivity
     from dfq.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -33,29 +35,35 @@ _HOMES = {
     "CalibrationSet": "calibration",
     "DfqError": "dfq.errors",
     "Evaluation": "dfq.evaluation",
+    "MixedPrecision": "dfq.ptq.mixed_precision",
     "Model": "dfq.models",
     "Preprocessing": "dfq.preprocessing",
     "QuantizedModel": "dfq.ptq.engine",
     "Recipe": "dfq.recipe",
+    "Sensitivity": "dfq.ptq.sensitivity",
     "evaluate": "dfq.evaluation",
     "generate": "dfq.generation",
     "load": "dfq.checkpoint",
     "load_calibration_set": "calibration",
     "load_model": "dfq.models",
     "load_recipe": "dfq.recipe",
+    "mixed_precision": "dfq.ptq.mixed_precision",
     "quantize": "dfq.ptq.engine",
     "real_images": "dfq.generation",
     "save": "dfq.checkpoint",
+    "sensitivity": "dfq.ptq.sensitivity",
 }
 
 __all__ = [
     "CalibrationSet",
     "DfqError",
     "Evaluation",
+    "MixedPrecision",
     "Model",
     "Preprocessing",
     "QuantizedModel",
     "Recipe",
+    "Sensitivity",
     "__version__",
     "evaluate",
     "generate",
@@ -63,9 +71,11 @@ __all__ = [
     "load_calibration_set",
     "load_model",
     "load_recipe",
+    "mixed_precision",
     "quantize",
     "real_images",
     "save",
+    "sensitivity",
 ]
 
 

@@ -86,9 +86,9 @@ def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    _plan(arguments)
+    plan = _plan(arguments)
     model = _model(arguments)
-    made = _generated(arguments, model, arguments.out)
+    made = _generated(arguments, model, plan, arguments.out)
     print(_describe_set(made))
     also = ", trace.png how they came about" if (arguments.out / "trace.png").exists() else ""
     print(f"kept in {arguments.out}; preview.png there shows them{also}")
@@ -106,6 +106,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
     widths = parse_bits(arguments.bits)
     bits = str(widths)
     recipe = dfq.load_recipe(arguments.recipe)
+    if arguments.num_images is None:
+        arguments.num_images = recipe.num_images
     plan = _plan(arguments)
     model = _model(arguments)
     prepare(model, widths, recipe)
@@ -128,7 +130,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out} already holds this model; nothing to do")
     else:
         if images is None:
-            images = _generated(arguments, model, arguments.out / "calibration")
+            images = _generated(arguments, model, plan, arguments.out / "calibration")
         quantized = dfq.quantize(model, bits, calibration=images, recipe=recipe, progress=not arguments.quiet)
         dfq.save(quantized, arguments.out)
     print(
@@ -138,8 +140,48 @@ def _quantize(arguments: argparse.Namespace) -> None:
     print(f"kept in {arguments.out}; measure it with: dfq evaluate {arguments.out} --data-dir IMAGES --baseline")
 
 
+def _sensitivity(arguments: argparse.Namespace) -> None:
+    import dfq
+    from calibration.files import write_json
+    from dfq.chart import write_chart
+    from dfq.errors import UsageError
+    from dfq.generation import run_plan
+    from dfq.ptq.engine import prepare
+    from dfq.ptq.mixed_precision import write_recipe
+    from dfq.recipe import parse_bits
+
+    widths = parse_bits(arguments.bits)
+    recipe = dfq.load_recipe(arguments.recipe)
+    plan = _plan(arguments)
+    target = {"target_size": arguments.target_size, "target_drop": arguments.target_drop}
+    chosen = any(value is not None for value in target.values())
+    if arguments.out is not None and not chosen:
+        raise UsageError("--out is for a recipe with chosen bits: give --target-size or --target-drop too")
+    _check_files(arguments, {"json": "", "chart": ".svg", "out": ".toml"})
+    model = _model(arguments)
+    prepare(model, widths, recipe)
+    images = _given_images(arguments, model) or run_plan(model, plan, progress=not arguments.quiet)
+    options: dict[str, Any] = {"calibration": images, "recipe": recipe, "num_images": arguments.num_images}
+    options["progress"] = not arguments.quiet
+    result: Any
+    if chosen:
+        result = dfq.mixed_precision(model, str(widths), **target, **options)
+    else:
+        result = dfq.sensitivity(model, str(widths), **options)
+    print(result.table())
+    if arguments.json is not None:
+        write_json(arguments.json, result.to_dict())
+    if arguments.chart is not None:
+        write_chart(result.costs.sensitivity if chosen else result, arguments.chart)
+    if arguments.out is not None:
+        write_recipe(result.recipe, arguments.out)
+        command = f"dfq quantize {arguments.model} --bits {widths} --recipe {arguments.out} --out DIR"
+        print(f"recipe in {arguments.out}; use it with: {command}")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     import dfq
+    from calibration.files import write_json
     from dfq.checkpoint import is_quantized_model
     from dfq.datasets import image_folder, reference_digits, timm_dataset
     from dfq.errors import DfqError, UsageError
@@ -148,8 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     target = arguments.model
     baseline = None
     model: Any
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    _check_files(arguments, {"json": ""})
     if is_quantized_model(target):
         given = [name for name in _MODEL_CHANGES if getattr(arguments, name) not in (None, False)]
         if given:
@@ -189,8 +230,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(model.describe())
     print(result.table())
     if arguments.json is not None:
-        from calibration.files import write_json
-
         write_json(arguments.json, result.to_dict())
     if arguments.max_drop is not None and result.comparison is not None:
         drop = result.comparison.drop
@@ -294,12 +333,12 @@ def _baseline_of(quantized: Any, arguments: argparse.Namespace) -> Model:
     )
 
 
-def _generated(arguments: argparse.Namespace, model: Model, out: Path) -> CalibrationSet:
+def _generated(arguments: argparse.Namespace, model: Model, plan: Plan, out: Path) -> CalibrationSet:
     from dfq.generation import run_plan
 
     return run_plan(
         model,
-        _plan(arguments),
+        plan,
         trace=arguments.trace,
         out=out,
         overwrite=arguments.overwrite,
@@ -317,6 +356,20 @@ def _given_images(arguments: argparse.Namespace, model: Model) -> CalibrationSet
     return None
 
 
+def _check_files(arguments: argparse.Namespace, suffixes: dict[str, str]) -> None:
+    """Raise UsageError where a file that is to be written in the end cannot be."""
+    from dfq.errors import UsageError
+
+    for option, suffix in suffixes.items():
+        path = getattr(arguments, option)
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"--{option} {path}: there is no folder {path.parent}")
+        if not path.name.endswith(suffix):
+            raise UsageError(f"--{option} {path}: the name must end in {suffix}")
+
+
 def _describe_set(made: CalibrationSet) -> str:
     parts = [f"{len(made)} images"]
     if made.confidence is not None:
@@ -327,4 +380,11 @@ def _describe_set(made: CalibrationSet) -> str:
     return ", ".join(parts)
 
 
-_COMMANDS = {"generate": _generate, "quantize": _quantize, "evaluate": _evaluate, "list": _list, "demo": _demo}
+_COMMANDS = {
+    "generate": _generate,
+    "quantize": _quantize,
+    "sensitivity": _sensitivity,
+    "evaluate": _evaluate,
+    "list": _list,
+    "demo": _demo,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,52 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--bits", default="w8a8", metavar="wXaY", help="bits of weights and activations (%(default)s)"
     )
     quantize.add_argument(
-        "--recipe", default="default", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
+        "--recipe", default="fast", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
     )
     source = quantize.add_mutually_exclusive_group()
     source.add_argument("--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made")
-    source.add_argument("--calibration-images", type=Path, metavar="DIR", help="a folder of real images")
-    _generation_options(quantize)
+    source.add_argument(
+        "--calibration-images", type=Path, metavar="DIR", help="a folder of real images, of which -n are drawn"
+    )
+    _generation_options(quantize, num_images=None)
     _output_options(quantize, "folder for the quantized model")
+
+    sensitivity = _command(
+        commands,
+        "sensitivity",
+        functions["sensitivity"],
+        "measure what quantizing each tensor costs, and choose the bits of each layer",
+        "dfq sensitivity vit_tiny_patch16_224 --checkpoint vit.safetensors --target-size 70% --out mixed.toml",
+    )
+    _model_options(sensitivity)
+    sensitivity.add_argument(
+        "--bits", default="w4a4", metavar="wXaY", help="bits of weights and activations (%(default)s)"
+    )
+    sensitivity.add_argument(
+        "--recipe", default="fast", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
+    )
+    sensitivity.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made; its first -n images are used"
+    )
+    target = sensitivity.add_mutually_exclusive_group()
+    target.add_argument(
+        "--target-size",
+        type=_size,
+        metavar="BYTES|RATIO",
+        help="choose 4, 6 or 8 bits for each layer, so that the model takes so much (3.5MB), or so much of its size at "
+        "8 bits (70%%), and loses as little as it can",
+    )
+    target.add_argument(
+        "--target-drop",
+        type=_above_zero,
+        metavar="POINTS",
+        help="choose them so that the model is as small as it can be and no larger drop is predicted: a rule of thumb",
+    )
+    sensitivity.add_argument("-o", "--out", type=Path, metavar="FILE.toml", help="write the recipe with these bits")
+    sensitivity.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    sensitivity.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw what each tensor costs")
+    _generation_options(sensitivity, num_images=16, trace=False)
+    sensitivity.set_defaults(calibration_images=None)
 
     evaluate = _command(
         commands,
@@ -120,10 +160,18 @@ def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> N
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all randomness (%(default)s)")
 
 
-def _generation_options(command: argparse.ArgumentParser) -> None:
+def _generation_options(command: argparse.ArgumentParser, *, num_images: int | None = 32, trace: bool = True) -> None:
+    """num_images: the default, None for what the recipe says."""
     group = command.add_argument_group("calibration images, where they are made")
     group.add_argument("--method", default="natural", metavar="NAME", help="see `dfq list methods` (%(default)s)")
-    group.add_argument("-n", "--num-images", type=_positive, default=32, metavar="N", help="how many (%(default)s)")
+    group.add_argument(
+        "-n",
+        "--num-images",
+        type=_positive,
+        default=num_images,
+        metavar="N",
+        help=f"how many ({'as the recipe says' if num_images is None else num_images})",
+    )
     group.add_argument(
         "--iterations",
         type=_iterations,
@@ -153,7 +201,8 @@ def _generation_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-ratio", type=_finite, metavar="X", help="smi: share that stops each time (0.3)")
     group.add_argument("--division", type=_positive, metavar="V", help="pri: images of one canvas (4)")
     group.add_argument("--learning-rate", type=_finite, metavar="X", help="of Adam on the pixels (the method's own)")
-    group.add_argument("--trace", action="store_true", help="also draw how the first images came about: trace.png")
+    if trace:  # It lies in the folder of the set.
+        group.add_argument("--trace", action="store_true", help="also draw how the first images came about: trace.png")
 
 
 def _output_options(command: argparse.ArgumentParser, what: str) -> None:
@@ -190,6 +239,29 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be from 0 to 2^63 - 1, not {value}")
     return value
+
+
+def _above_zero(text: str) -> float:
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def _size(text: str) -> float:
+    """Bytes, or up to 1 a share."""
+    match = re.fullmatch(r"([0-9.]+) *(%|[kKMG]?i?B)?", text)
+    try:
+        value = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    except (ValueError, KeyError):
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a size such as 3.5MB, or a share such as 0.7 or 70%, not {text!r}")
+    return value
+
+
+_UNITS = {"": 1.0, "%": 0.01, "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_UNITS |= {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 
 
 def _finite(text: str) -> float:

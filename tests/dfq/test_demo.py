@@ -46,7 +46,7 @@ def test_a_folder_in_use_is_refused_before_the_work(
 
     monkeypatch.setattr(demonstration, "generate", generate)
     other = dfq.load_model("reference", random_weights=True, device="cpu")
-    dfq.save(dfq.quantize(other, "w4a4", calibration=noise, progress=False), tmp_path / "w4a4")
+    dfq.save(dfq.quantize(other, "w4a4", calibration=noise, recipe="paper", progress=False), tmp_path / "w4a4")
     before = (tmp_path / "w4a4" / "model.safetensors").read_bytes()
     with pytest.raises(DfqError, match="holds a quantized model of another run"):
         demonstration.demo(tmp_path, progress=False)

@@ -1,0 +1,174 @@
+"""A full-precision network in which some sites can be quantized for a while, to see how far that moves the logits."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calibration import CalibrationSet
+from dfq.models import Model
+from dfq.ptq.engine import check_calibration, prepare
+from dfq.ptq.fitting import fit_quantizer, joined_tokens, observe, place, reparametrize
+from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
+from dfq.ptq.stages import Stage, stages
+from dfq.recipe import Bits, Recipe
+from dfq.statistics import sqnr_db
+from quantizers import Quantizer
+
+Trial = tuple[tuple[str, int], ...]
+"""Sites that are quantized together, with their bits: `(("blocks.0.attn.qkv.weight", 4), ...)`."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How far logits are from those of full precision on the same images.
+
+    kl: KL(full precision || quantized) of the softmax, in nats, mean over the images; sqnr_db: power of the
+    full-precision logits over that of the difference, infinite where there is none; changed: percent of the images
+    whose likeliest class is another.
+    """
+
+    kl: float
+    sqnr_db: float
+    changed: float
+
+    @classmethod
+    def of(cls, reference: Tensor, logits: Tensor) -> Cost:
+        """reference: of full precision; both [M, C]."""
+        reference, logits = reference.cpu().double(), logits.cpu().double()
+        expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
+        kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+        changed = (reference.argmax(-1) != logits.argmax(-1)).double().mean().item()
+        noise = (reference - logits).square().sum().item()
+        # Of nearly equal logits rounding may bring the sum a trifle below zero.
+        return cls(max(kl, 0.0), sqnr_db(reference.square().sum().item(), noise), 100 * changed)
+
+
+class Probe:
+    """An adapted copy of a model, the sites that a recipe quantizes in it, and images to quantize them on.
+
+    Ranges per channel are moved into the layers around them where the recipe has it so; ranges are fitted on
+    full-precision activations, values rounded to nearest. Nothing makes up for the error.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Model, bits: Bits, recipe: Recipe, images: CalibrationSet, batch_size: int) -> None:
+        self.module, planned = prepare(model, bits, recipe)
+        check_calibration(model, images)
+        self.model, self.bits, self.recipe, self.images = model.name, bits, recipe, images
+        self._stages = stages(self.module)
+        self._batches = list(images.batches(batch_size, model.device))
+        self._quantizers: dict[tuple[str, int], Quantizer] = {}
+        moved: dict[str, PlannedSite] = {}
+        inputs: list[Any] = self._batches
+        for stage in self._stages:
+            sites = [p for p in planned if stage.owns(p.site.name)]
+            if recipe.reparametrize is not None:
+                by_channel = [p for p in sites if not p.site.is_weight and p.settings.granularity == "channel"]
+                seen = observe(self.module, by_channel, None, inputs, stage.run)
+                sites = reparametrize(stage, sites, seen.values, recipe.reparametrize)
+            moved |= {p.site.name: p for p in sites}
+            inputs = [stage.run(batch) for batch in inputs]
+        self._reference = torch.cat(inputs)
+        self.planned = [moved[p.site.name] for p in planned]
+
+    @torch.no_grad()
+    def costs(self, trials: Collection[Trial], *, progress: bool = True) -> dict[Trial, Cost]:
+        """What each trial costs, all else in full precision; the sites of one trial belong to one stage.
+
+        The activations that enter a stage are computed once, and only what follows is run again for each trial there.
+        """
+        found: dict[Trial, Cost] = {}
+        inputs: list[Any] = self._batches
+        with tqdm(
+            total=len(trials), desc="sensitivity", unit="trial", file=sys.stderr, disable=None if progress else True
+        ) as bar:
+            for index, stage in enumerate(self._stages):
+                here = [trial for trial in trials if stage.owns(trial[0][0])]
+                outputs = self._fit(stage, inputs, here)
+                for trial in here:
+                    with self._quantized(trial):
+                        found[trial] = Cost.of(self._reference, self._logits(self._stages[index:], inputs))
+                    bar.update()
+                inputs = outputs
+        return {trial: found[trial] for trial in trials}
+
+    @torch.no_grad()
+    def cost(self, trial: Trial) -> Cost:
+        """What any sites cost together, at bits that each of them was tried at in `costs`."""
+        with self._quantized(trial):
+            return Cost.of(self._reference, self._logits(self._stages, self._batches))
+
+    def quantizer(self, site: str, bits: int) -> Quantizer:
+        """Of a site at bits that it was tried at."""
+        return self._quantizers[site, bits]
+
+    def weight(self, layer: str) -> Tensor:
+        """The full-precision weights of a layer that has a site for them."""
+        weight: Tensor = self.module.get_submodule(layer).weight
+        return weight
+
+    def _logits(self, following: Sequence[Stage], inputs: list[Any]) -> Tensor:
+        """inputs: of the first stage, batch by batch -> [M, C]."""
+        logits = []
+        for value in inputs:
+            for stage in following:
+                value = stage.run(value)
+            logits.append(value)
+        return torch.cat(logits)
+
+    def _fit(self, stage: Stage, inputs: list[Any], trials: Sequence[Trial]) -> list[Tensor]:
+        """Run one stage, and fit a quantizer for each site and width in `trials`; gives what comes out of the stage."""
+        widths: dict[str, set[int]] = defaultdict(set)
+        for name, bits in chain.from_iterable(trials):
+            widths[name].add(bits)
+        sites = [p for p in self.planned if p.site.name in widths]
+        seen = observe(self.module, sites, None, inputs, stage.run)
+        for p in sites:
+            name = p.site.name
+            importance = seen.importance.get(name)
+            if p.site.is_weight:
+                values = self.weight(p.site.owner)
+                if importance is not None:
+                    # [C] against weights [out, C] of a linear or [out, C, kh, kw] of the patch embedding.
+                    importance = importance.view(-1, *[1] * (values.dim() - 2))
+            else:
+                tensors = [seen.values[name]] if name in seen.values else []
+                tensors += self._parameters(name)
+                values = tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten(0, -2) for tensor in tensors])
+            for bits in widths[name]:
+                self._quantizers[name, bits] = fit_quantizer(replace(p, bits=bits), values, importance)
+        return seen.outputs
+
+    def _parameters(self, site: str) -> list[nn.Parameter]:
+        """Learned tensors that are quantized as an activation, or with one."""
+        if site == POSITION_EMBEDDING:
+            return [self.module.pos_embed]
+        return joined_tokens(self.module) if site == PATCH_TOKENS else []
+
+    @contextmanager
+    def _quantized(self, trial: Trial) -> Iterator[None]:
+        with ExitStack() as undo:
+            for name, bits in trial:
+                quantizer = self._quantizers[name, bits]
+                owner, _, slot = name.rpartition(".")
+                for parameter in self._parameters(name):
+                    undo.callback(parameter.copy_, parameter.clone())
+                if owner:
+                    module = self.module.get_submodule(owner)
+                    before = getattr(module, slot)
+                    undo.callback(setattr, module, slot, before)
+                if slot == "weight":
+                    module.weight = quantizer(before)
+                else:
+                    place(self.module, name, quantizer)
+            yield
