@@ -8,6 +8,7 @@ so a run that was stopped goes on. --markdown makes nothing and prints the table
 --write FILE.md puts them into a page, between `<!-- tables: RESULTS.jsonl -->` and `<!-- end -->`.
 The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves). Other
 rows are METHOD[/SCHEDULE][@ITERATIONS], such as `natural`, `psaq/smi` or `smi@4000`; their sets lie beside --results.
+SOURCE:N calibrates on N images; without it on as many as the recipe asks for.
 --generate-only makes the sets and no cell: alone on a machine, for the seconds; the cells may then share it.
 """
 
@@ -18,6 +19,8 @@ import json
 import os
 import platform
 import re
+import resource
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,17 +79,18 @@ def main() -> None:
             continue
         model = dfq.load_model(name, checkpoint=checkpoint or None)
         if arguments.generate_only:
-            for source in dict.fromkeys(cell["source"] for cell in missing):
-                _, made = calibration_set(source, model, arguments)
-                print(name, source, made, flush=True)
+            for cell in missing:
+                _, made = calibration_set(cell, model, arguments)
+                print(name, cell["source"], made, flush=True)
             continue
         images, labels = load_images(arguments.images, model, arguments.limit)
         with torch.inference_mode():
             logits = torch.cat([model(batch) for batch in images.split(50)])
         for cell in missing:
-            calibration, made = calibration_set(cell["source"], model, arguments)
+            calibration, made = calibration_set(cell, model, arguments)
             started = time.monotonic()
-            quantized = dfq.quantize(model, cell["bits"], calibration=calibration, recipe=cell["recipe"])
+            with PeakMemory() as memory:
+                quantized = dfq.quantize(model, cell["bits"], calibration=calibration, recipe=cell["recipe"])
             quantize_seconds = time.monotonic() - started
             result = dfq.evaluate(
                 quantized, TensorDataset(images, labels), baseline=Replayed(model, logits), batch_size=50
@@ -99,6 +103,7 @@ def main() -> None:
                     "model": name,
                     "seed": arguments.seed,
                     "quantize_seconds": round(quantize_seconds, 1),
+                    "peak_memory_mb": round(memory.peak / 1e6),
                     "machine": machine(),
                     "threads": torch.get_num_threads(),
                 }
@@ -111,23 +116,56 @@ def main() -> None:
             )
 
 
-def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+class PeakMemory:
+    """The most memory that the process had beyond what it had on entering, in bytes, looked at every 50 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self._cuda = torch.cuda.is_available()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self._before, self.peak = self._now(), 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.05):
+            self.peak = max(self.peak, self._now() - self._before)
+
+    def _now(self) -> int:
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def calibration_set(
+    cell: dict[str, Any], model: dfq.Model, arguments: argparse.Namespace
+) -> tuple[dfq.CalibrationSet, dict[str, Any]]:
     """The set for a row, and how long it took when it was made."""
+    source, _, wanted = cell["source"].partition(":")
+    if wanted and not wanted.isdigit():
+        raise SystemExit(f"{cell['source']}: after : comes a number of images")
+    count = int(wanted) if wanted else dfq.load_recipe(cell["recipe"]).num_images
     if source == "real":
         folder = arguments.calibration_images or arguments.images
-        real = dfq.real_images(model, folder, arguments.num_images, seed=arguments.seed)
-        return real, {"iterations": 0, "generate_seconds": 0.0}
+        real = dfq.real_images(model, folder, count, seed=arguments.seed)
+        return real, {"iterations": 0, "generate_seconds": 0.0, "calibration_images": count}
     composition, _, iterations = source.partition("@")
     method, _, schedule = composition.partition("/")
     if iterations and not iterations.isdigit():
         raise SystemExit(f"{source}: after @ comes a number of iterations")
-    out = arguments.results.parent / f"{model.name}-{source.replace('/', '-')}-seed{arguments.seed}"
+    out = arguments.results.parent / f"{model.name}-{source.replace('/', '-')}-{count}-seed{arguments.seed}"
     timing = out.with_suffix(".seconds")
     started = time.monotonic()
     images = dfq.generate(
         model,
         method,
-        arguments.num_images,
+        count,
         iterations=int(iterations) if iterations else "auto",
         schedule=schedule or None,
         seed=arguments.seed,
@@ -138,6 +176,7 @@ def calibration_set(source: str, model: dfq.Model, arguments: argparse.Namespace
     return images, {
         "iterations": 0 if images.iterations is None else int(images.iterations.float().mean().round()),
         "generate_seconds": float(timing.read_text()),
+        "calibration_images": count,
     }
 
 
@@ -177,36 +216,45 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def to_markdown(lines: list[dict[str, Any]]) -> str:
-    """One table per model: rows are calibration data, columns bits and recipe."""
+    """One table per model: a row for each recipe and kind of calibration data, a column for each pair of bits."""
     blocks = []
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
-        columns = list(dict.fromkeys((line["bits"], line["recipe"]) for line in own))
-        columns.sort(key=lambda column: (column[1], [-int(width) for width in re.findall(r"\d+", column[0])]))
-        first = own[0]
+        columns = sorted(
+            dict.fromkeys(line["bits"] for line in own), key=lambda bits: [-int(w) for w in re.findall(r"\d+", bits)]
+        )
+        first = max(own, key=lambda line: line["num_images"])
         blocks.append(
             f"**{model}**: full precision {first['baseline_top1']:.1f} % on {first['num_images']} images. "
             "Drop in points [95 % interval]; agreement with full precision.\n"
         )
-        names = [f"{bits.upper()} `{Path(recipe).stem}`" for bits, recipe in columns]
-        blocks.append(f"| calibration | s | {' | '.join(names)} |")
-        blocks.append("|---" * (len(columns) + 2) + "|")
-        for source in dict.fromkeys(line["source"] for line in own):
-            row = {(line["bits"], line["recipe"]): line for line in own if line["source"] == source}
+        blocks.append(f"| recipe | calibration | s | {' | '.join(map(str.upper, columns))} |")
+        blocks.append("|---" * (len(columns) + 3) + "|")
+        for recipe, source in dict.fromkeys((line["recipe"], line["source"]) for line in own):
+            row = {line["bits"]: line for line in own if (line["recipe"], line["source"]) == (recipe, source)}
             some = next(iter(row.values()))
-            label = f"`{source}`" if not some["iterations"] else f"`{source}`, {some['iterations']} iterations"
-            cells = [cell_text(row.get(column), first["num_images"]) for column in columns]
-            blocks.append(f"| {label} | {some['generate_seconds']:.0f} | " + " | ".join(cells) + " |")
-        seconds = sorted(line["quantize_seconds"] for line in own)
-        threads = {line["threads"] for line in own if "threads" in line}
+            quantizing = max(line["quantize_seconds"] for line in row.values())
+            cells = [cell_text(row.get(bits), first["num_images"]) for bits in columns]
+            seconds = f"{some['generate_seconds']:.0f} + {quantizing:.0f}"
+            blocks.append(f"| {' | '.join([f'`{Path(recipe).stem}`', calibration_text(some), seconds, *cells])} |")
+        threads = sorted({line["threads"] for line in own if "threads" in line})
+        memory = max((line.get("peak_memory_mb", 0) for line in own), default=0)
         blocks.append(
-            f"\nQuantizing took {seconds[0]:.0f} to {seconds[-1]:.0f} s. Seed {first['seed']}; {first['machine']}"
-            + "".join(f", {count} of them used" for count in sorted(threads))
+            "\nSeconds: of making the images, and of quantizing"
+            + (f"; its peak memory beyond the model is at most {memory} MB" if memory else "")
+            + f". Seed {first['seed']}; {first['machine']}"
+            + "".join(f", {count} of them used" for count in threads)
             + "; "
             + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
             + ".\n"
         )
     return "\n".join(blocks)
+
+
+def calibration_text(line: dict[str, Any]) -> str:
+    source = line["source"].partition(":")[0]
+    text = f"{line.get('calibration_images', 32)} `{source}`"
+    return f"{text}, {line['iterations']} iterations" if line["iterations"] else text
 
 
 def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
@@ -239,9 +287,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-images", type=Path, metavar="DIR", help="for the `real` rows")
     parser.add_argument("--results", type=Path, default=Path("runs/accuracy/results.jsonl"))
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="SOURCE")
-    parser.add_argument("--recipes", nargs="+", default=["default"])
+    parser.add_argument("--recipes", nargs="+", default=["fast"])
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
-    parser.add_argument("--num-images", type=int, default=32, help="in a calibration set")
     parser.add_argument("--limit", type=int, metavar="N", help="measure on N of the images, evenly spaced")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")

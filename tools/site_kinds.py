@@ -1,0 +1,176 @@
+"""What each way of quantizing one kind of tensor costs, all else in floating point: KL and agreement on your images.
+
+    python tools/site_kinds.py --images photographs --model deit_tiny_patch16_224=deit_tiny.safetensors
+
+A kind is, say, what softmax gives, in every block; `KINDS` lists them with the settings that are tried, as a recipe has
+them. Ranges come from --source (as in accuracy_table.py), costs from --limit of the images, drawn by --seed: KL(full
+precision || quantized) of the prediction in nats, and the share of equal answers. No labels are needed.
+
+Every cell is one line of JSON in --results; cells that are there are not made again. In the end all tables are
+printed; --write FILE.md makes nothing and puts them into a page, between `<!-- site kinds: RESULTS.jsonl -->` and
+`<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_table import append, between_marks, calibration_set, calibration_text, machine, read_lines
+from torch import Tensor
+
+import dfq
+from dfq.ptq.probe import Cost
+from dfq.recipe import DEFAULT_RECIPE, Recipe, recipe_from_dict
+from dfq.versions import versions
+
+KEY = ("model", "source", "bits", "seed", "kind", "setting")
+MSE = {"range": "mse"}
+# By kind: patterns of its sites, and settings by what a table calls them.
+KINDS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
+    "after softmax": (
+        ("*blocks.*.attn.softmax",),
+        {
+            "uniform": MSE,
+            "twin-uniform": {"quantizer": "twin_uniform", "split": "magnitude"},
+            "log, base 2": {"quantizer": "log", "split": "magnitude", "base": "2"},
+            "log, base sqrt 2": {"quantizer": "log", "split": "magnitude", "base": "sqrt2"},
+            "log, base searched": {"quantizer": "log", "split": "magnitude"},
+        },
+    ),
+    "after GELU": (
+        ("*blocks.*.mlp.fc2.input",),
+        {
+            "uniform": MSE,
+            "uniform, tokens weighted": {"range": "token_mse"},
+            "twin-uniform, tokens weighted": {"quantizer": "twin_uniform", "split": "sign", "range": "token_mse"},
+            "log, tokens weighted": {"quantizer": "log", "split": "sign", "range": "token_mse"},
+            "log, outliers apart": {"quantizer": "log", "split": "sign", "range": "token_mse", "outliers": 20},
+        },
+    ),
+    "after LayerNorm": (
+        ("*.attn.qkv.input", "*.mlp.fc1.input"),
+        {"per tensor": MSE, "per channel": MSE | {"granularity": "channel"}},
+    ),
+    "q, k and v": (
+        ("*blocks.*.attn.[qkv]",),
+        {"per tensor": MSE, "per head": MSE | {"granularity": "head"}},
+    ),
+    "weights of blocks": (
+        ("*blocks.*.weight",),
+        {
+            "symmetric, squared error": MSE | {"granularity": "channel", "symmetric": True},
+            "affine, squared error": MSE | {"granularity": "channel"},
+            "affine, output error": {"range": "output_mse", "granularity": "channel"},
+        },
+    ),
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    lines = read_lines(arguments.results)
+    if arguments.write:
+        page = arguments.write.read_text()
+        arguments.write.write_text(with_tables(page, arguments.results.name, lines))
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    done = {key_of(line) for line in lines}
+    for entry in arguments.model:
+        name, _, checkpoint = entry.partition("=")
+        common = {"model": name, "source": arguments.source, "seed": arguments.seed, "recipe": DEFAULT_RECIPE}
+        wanted = [
+            common | {"bits": bits, "kind": kind, "setting": setting}
+            for bits in arguments.bits
+            for kind, (_, settings) in KINDS.items()
+            for setting in settings
+        ]
+        missing = [cell for cell in wanted if key_of(cell) not in done]
+        if not missing:
+            continue
+        model = dfq.load_model(name, checkpoint=checkpoint or None)
+        images = dfq.real_images(model, arguments.images, arguments.limit, seed=arguments.seed)
+        reference = logits_of(model, images)
+        calibration, made = calibration_set(missing[0], model, arguments)
+        for cell in missing:
+            recipe = alone(cell["kind"], cell["setting"])
+            quantized = dfq.quantize(model, cell["bits"], calibration=calibration, recipe=recipe)
+            cost = Cost.of(reference, logits_of(quantized, images))
+            line = cell | made | {"kl": cost.kl, "agreement": 100 - cost.changed, "num_images": len(images)}
+            line |= {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions()}
+            append(arguments.results, line)
+            print(f"{name} {cell['bits']} {cell['kind']}, {cell['setting']}: KL {cost.kl:.4f}", flush=True)
+    print(to_markdown(read_lines(arguments.results)))
+
+
+def alone(kind: str, setting: str) -> Recipe:
+    """The recipe that quantizes this kind of site in this way, and nothing else."""
+    patterns, settings = KINDS[kind]
+    off = {"quantize": False}
+    sites = {pattern: {"quantize": True, **settings[setting]} for pattern in patterns}
+    return recipe_from_dict({"weights": off, "activations": off, "sites": sites}, name=setting, where=kind)
+
+
+def logits_of(model: Any, images: dfq.CalibrationSet) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch, _ in images.batches(50, model.device)])
+
+
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[part] for part in KEY)
+
+
+def to_markdown(lines: list[dict[str, Any]]) -> str:
+    """One table per model: a row for each setting of each kind, a column for each pair of bits."""
+    blocks = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        first = own[0]
+        columns = list(dict.fromkeys(line["bits"] for line in own))
+        blocks.append(
+            f"**{model}**, ranges from {calibration_text(first)}: KL to full precision in nats and share of equal "
+            f"answers on {first['num_images']} photographs.\n"
+        )
+        blocks.append(f"| tensors | quantizer | {' | '.join(map(str.upper, columns))} |")
+        blocks.append("|---" * (len(columns) + 2) + "|")
+        for kind, setting in dict.fromkeys((line["kind"], line["setting"]) for line in own):
+            row = {line["bits"]: line for line in own if (line["kind"], line["setting"]) == (kind, setting)}
+            cells = [f"{row[b]['kl']:.3f}; {row[b]['agreement']:.1f} %" if b in row else "-" for b in columns]
+            blocks.append(f"| {' | '.join([kind, setting, *cells])} |")
+        blocks.append(
+            f"\nSeed {first['seed']}; {first['machine']}, {first['threads']} of them used; "
+            f"{', '.join(f'{name} {version}' for name, version in first['versions'].items())}.\n"
+        )
+    return "\n".join(blocks)
+
+
+def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
+    """`page` with what stands between the marks for the results file `name` replaced by its tables."""
+    return between_marks(page, f"<!-- site kinds: {name} -->\n", to_markdown(lines))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME[=CHECKPOINT]")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images to measure on")
+    parser.add_argument(
+        "--calibration-images", type=Path, metavar="DIR", help="for --source real, in place of --images"
+    )
+    parser.add_argument("--results", type=Path, default=Path("runs/site-kinds/results.jsonl"))
+    parser.add_argument("--source", default="natural", help="as a source of accuracy_table.py (%(default)s)")
+    parser.add_argument("--bits", nargs="+", default=["w4a4"])
+    parser.add_argument("--limit", type=int, default=150, metavar="N", help="measure on N of the images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
+    arguments = parser.parse_args()
+    if not arguments.write and not (arguments.model and arguments.images):
+        parser.error("give --model and --images, or --write")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
