@@ -319,7 +319,6 @@ def _algorithm(kind: type[Any], table: dict[str, Any] | None, where: str) -> Any
 
 # What a number may be: the lowest and the highest; whole numbers where both are.
 _RANGES: dict[str, tuple[float, float]] = {
-    "percent": (50.0, 100.0),
     "outliers": (1.0, 1e6),
     "num_images": (1, 2**20),
     "rounds": (1, 10),
@@ -358,6 +357,10 @@ def _check_settings(table: dict[str, Any], where: str) -> None:
 
 
 def _check_value(key: str, value: Any, where: str) -> None:
+    if key == "percent":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 50.0 < value <= 100.0:
+            raise RecipeError(f"{where}: percent must lie above 50 and at most at 100, not {value!r}")
+        return
     if key in _RANGES:
         low, high = _RANGES[key]
         whole = isinstance(low, int)

@@ -18,7 +18,7 @@ from calibration import CalibrationSet, load_calibration_set
 from calibration.tokens import PatchGrid
 from dfq.errors import DfqError
 from dfq.models import Model, Network, check_quantizable
-from dfq.ptq.fitting import fit_sites, observe, place_sites, reparametrize
+from dfq.ptq.fitting import fit_sites, move_ranges, observe, place_sites
 from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.ptq.products import search_stage
@@ -118,10 +118,7 @@ def quantize(
         for index, stage in enumerate(chain):
             run = stage.run if stage is not chain[0] else stem
             sites = [p for p in planned if stage.owns(p.site.name)]
-            by_channel = [p for p in sites if p.settings.granularity == "channel" and not p.site.is_weight]
-            if chosen.reparametrize is not None and by_channel:
-                values = observe(module, by_channel, None, inputs, run).values
-                sites = reparametrize(stage, sites, values, chosen.reparametrize)
+            sites = move_ranges(module, stage, sites, chosen, inputs, run)
             seen = observe(module, sites, chosen.compensation, inputs, run, gradients)
             found = fit_sites(module, sites, seen)
             if chosen.range_search is not None:

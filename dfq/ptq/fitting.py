@@ -20,7 +20,7 @@ from dfq.ptq.reparametrize import equalizing, exchanges
 from dfq.ptq.search import convolution_rows
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
 from dfq.ptq.stages import Stage
-from dfq.recipe import Compensation, Reparametrization
+from dfq.recipe import Compensation, Recipe, Reparametrization
 from quantizers import OutlierQuantizer, Quantizer, UniformQuantizer, outlier_channels
 
 # Of each batch these are looked at whatever is drawn, where channels may have to be kept apart.
@@ -94,6 +94,21 @@ def observe(
             raise DfqError(f"cannot find a range for {name}: its activations hold NaN or infinity")
     importance = {name: recorder.values() for name, recorder in squares.items()}
     return Observed(outputs, values, importance, moments)
+
+
+def move_ranges(
+    network: nn.Module,
+    stage: Stage,
+    sites: list[PlannedSite],
+    recipe: Recipe,
+    inputs: Sequence[Any],
+    run: Callable[[Any], Tensor],
+) -> list[PlannedSite]:
+    """Reparametrise a stage where the recipe says so; gives its sites as they are to be quantized then."""
+    by_channel = [p for p in sites if p.settings.granularity == "channel" and not p.site.is_weight]
+    if recipe.reparametrize is None or not by_channel:
+        return sites
+    return reparametrize(stage, sites, observe(network, by_channel, None, inputs, run).values, recipe.reparametrize)
 
 
 def reparametrize(

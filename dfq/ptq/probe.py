@@ -17,7 +17,7 @@ from tqdm import tqdm
 from calibration import CalibrationSet
 from dfq.models import Model
 from dfq.ptq.engine import check_calibration, prepare
-from dfq.ptq.fitting import fit_quantizer, joined_tokens, observe, place, reparametrize
+from dfq.ptq.fitting import fit_sites, joined_tokens, move_ranges, observe, place
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import Bits, Recipe
@@ -72,10 +72,7 @@ class Probe:
         inputs: list[Any] = self._batches
         for stage in self._stages:
             sites = [p for p in planned if stage.owns(p.site.name)]
-            if recipe.reparametrize is not None:
-                by_channel = [p for p in sites if not p.site.is_weight and p.settings.granularity == "channel"]
-                seen = observe(self.module, by_channel, None, inputs, stage.run)
-                sites = reparametrize(stage, sites, seen.values, recipe.reparametrize)
+            sites = move_ranges(self.module, stage, sites, recipe, inputs, stage.run)
             moved |= {p.site.name: p for p in sites}
             inputs = [stage.run(batch) for batch in inputs]
         self._reference = torch.cat(inputs)
@@ -133,20 +130,10 @@ class Probe:
             widths[name].add(bits)
         sites = [p for p in self.planned if p.site.name in widths]
         seen = observe(self.module, sites, None, inputs, stage.run)
-        for p in sites:
-            name = p.site.name
-            importance = seen.importance.get(name)
-            if p.site.is_weight:
-                values = self.weight(p.site.owner)
-                if importance is not None:
-                    # [C] against weights [out, C] of a linear or [out, C, kh, kw] of the patch embedding.
-                    importance = importance.view(-1, *[1] * (values.dim() - 2))
-            else:
-                tensors = [seen.values[name]] if name in seen.values else []
-                tensors += self._parameters(name)
-                values = tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten(0, -2) for tensor in tensors])
-            for bits in widths[name]:
-                self._quantizers[name, bits] = fit_quantizer(replace(p, bits=bits), values, importance)
+        for bits in sorted(set().union(*widths.values())):
+            at_bits = [replace(p, bits=bits) for p in sites if bits in widths[p.site.name]]
+            for name, quantizer in fit_sites(self.module, at_bits, seen).items():
+                self._quantizers[name, bits] = quantizer
         return seen.outputs
 
     def _parameters(self, site: str) -> list[nn.Parameter]:

@@ -139,7 +139,8 @@ class _Tuned:
 @contextmanager
 def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor]) -> Iterator[_Tuned]:
     """Open a quantized module for tuning; on leaving, its quantizers and integers are those of what was found."""
-    tuned = _Tuned([], [], [], [])
+    # Before the grids take their slots, which have parameters too.
+    tuned = _Tuned([], [], list(module.parameters()), [])
     grids: list[tuple[nn.Module, str, UniformQuantizer, _LearnedGrid]] = []
     slots = ("input", "output", "q", "k", "v", "scores", "softmax")
     for part in list(module.modules()):
@@ -160,7 +161,6 @@ def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor]) -> Itera
                     grids.append((part, slot, quantizer, grid))
                     setattr(part, slot, grid)
                     tuned.scales.append(grid.log_scale)
-    tuned.others = [parameter for parameter in module.parameters() if _is_other(parameter, tuned)]
     for parameter in tuned.others:
         parameter.requires_grad_(True)
     yield tuned
@@ -174,10 +174,6 @@ def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor]) -> Itera
             layer.set_integers(layer.weight_quantizer, layer.weight_quantizer.quantize(weight))
     for parameter in tuned.others:
         parameter.requires_grad_(False)
-
-
-def _is_other(parameter: nn.Parameter, tuned: _Tuned) -> bool:
-    return not any(parameter is one for one in (*tuned.weights, *tuned.scales))
 
 
 class _LearnedGrid(nn.Module):
