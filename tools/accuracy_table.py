@@ -19,9 +19,8 @@ import json
 import os
 import platform
 import re
-import resource
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from calibration import METHODS
 from dfq.datasets import image_folder
 
 SOURCES = ("real", *METHODS)
+KEY = ("model", "source", "recipe", "bits", "seed")
+BATCH = 50
 
 
 @dataclass
@@ -56,16 +57,10 @@ class Replayed:
 def main() -> None:
     arguments = parse_arguments()
     lines = read_lines(arguments.results)
-    if arguments.markdown:
-        print(to_markdown(lines))
-        return
-    if arguments.write:
-        page = arguments.write.read_text()
-        arguments.write.write_text(with_tables(page, arguments.results.name, lines))
+    if shown(arguments, lines, to_markdown, with_tables):
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {key_of(line) for line in lines}
     for entry in arguments.model:
         name, _, checkpoint = entry.partition("=")
         wanted = [
@@ -74,7 +69,7 @@ def main() -> None:
             for bits in arguments.bits
             for recipe in arguments.recipes
         ]
-        missing = [cell for cell in wanted if key_of(cell) not in done]
+        missing = cells_missing(wanted, lines, KEY)
         if not missing:
             continue
         model = dfq.load_model(name, checkpoint=checkpoint or None)
@@ -84,26 +79,21 @@ def main() -> None:
                 print(name, cell["source"], made, flush=True)
             continue
         images, labels = load_images(arguments.images, model, arguments.limit)
-        with torch.inference_mode():
-            logits = torch.cat([model(batch) for batch in images.split(50)])
+        logits = logits_of(model, images)
         for cell in missing:
             calibration, made = calibration_set(cell, model, arguments)
-            started = time.monotonic()
-            with PeakMemory() as memory:
-                quantized = dfq.quantize(model, cell["bits"], calibration=calibration, recipe=cell["recipe"])
-            quantize_seconds = time.monotonic() - started
+            quantized, cost = quantized_at_a_cost(cell, model, calibration)
             result = dfq.evaluate(
-                quantized, TensorDataset(images, labels), baseline=Replayed(model, logits), batch_size=50
+                quantized, TensorDataset(images, labels), baseline=Replayed(model, logits), batch_size=BATCH
             )
             line = (
                 cell
                 | result.to_dict()
                 | made
+                | cost
                 | {
                     "model": name,
                     "seed": arguments.seed,
-                    "quantize_seconds": round(quantize_seconds, 1),
-                    "peak_memory_mb": round(memory.peak / 1e6),
                     "machine": machine(),
                     "threads": torch.get_num_threads(),
                 }
@@ -111,36 +101,46 @@ def main() -> None:
             append(arguments.results, line)
             print(
                 f"{name} {cell['source']} {cell['recipe']} {cell['bits']}: {line['top1']:.1f} "
-                f"(drop {line['drop']:.2f}), {quantize_seconds:.0f} s",
+                f"(drop {line['drop']:.2f}), {line['quantize_seconds']:.0f} s",
                 flush=True,
             )
 
 
-class PeakMemory:
-    """The most memory that the process had beyond what it had on entering, in bytes, looked at every 50 ms."""
+def quantized_at_a_cost(
+    cell: dict[str, Any], model: dfq.Model, calibration: dfq.CalibrationSet
+) -> tuple[dfq.QuantizedModel, dict[str, Any]]:
+    """The model of a cell, and the seconds and the memory that quantizing it took."""
+    made: list[dfq.QuantizedModel] = []
 
-    def __enter__(self) -> PeakMemory:
-        self._cuda = torch.cuda.is_available()
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self._before, self.peak = self._now(), 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
+    def run() -> None:
+        made.append(dfq.quantize(model, cell["bits"], calibration=calibration, recipe=cell["recipe"]))
 
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
+    started = time.monotonic()
+    memory = peak_memory(run, model.device)
+    seconds = time.monotonic() - started
+    return made[0], {"quantize_seconds": round(seconds, 1), "peak_memory_mb": round(memory / 1e6)}
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(0.05):
-            self.peak = max(self.peak, self._now() - self._before)
 
-    def _now(self) -> int:
-        if self._cuda:
-            return torch.cuda.max_memory_allocated()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes `run` needs at most beyond what is held already, on `device`; on a CPU, of the whole process (Linux).
+
+    That includes the code it is the first to use, some tens of MB.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - held
+    # Not getrusage's ru_maxrss: a process starts with that of the one which started it, and it cannot be reset.
+    Path("/proc/self/clear_refs").write_text("5")
+    held = _status("VmRSS")
+    run()
+    return _status("VmHWM") - held
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def calibration_set(
@@ -180,6 +180,12 @@ def calibration_set(
     }
 
 
+def logits_of(model: Any, images: Tensor) -> Tensor:
+    """[M, 3, H, W] -> [M, C]"""
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in torch.split(images, BATCH)])
+
+
 def load_images(folder: Path, model: dfq.Model, limit: int | None) -> tuple[Tensor, Tensor]:
     """The images of the folder, evenly spaced, preprocessed once: float32 [M, 3, H, W], and labels [M]."""
     dataset = image_folder(folder, model)
@@ -201,8 +207,27 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores{gpu}"
 
 
-def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[part] for part in ("model", "source", "recipe", "bits", "seed"))
+def cells_missing(
+    wanted: list[dict[str, Any]], lines: list[dict[str, Any]], key: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Those cells that no line has; cells with one key are the same."""
+    done = {tuple(line[part] for part in key) for line in lines}
+    return [cell for cell in wanted if tuple(cell[part] for part in key) not in done]
+
+
+def shown(
+    arguments: argparse.Namespace,
+    lines: list[dict[str, Any]],
+    to_markdown: Callable[[list[dict[str, Any]]], str],
+    with_tables: Callable[[str, str, list[dict[str, Any]]], str],
+) -> bool:
+    """Whether --markdown or --write was given; then that is done, and nothing is to be made."""
+    if arguments.markdown:
+        print(to_markdown(lines))
+    elif arguments.write:
+        page = arguments.write.read_text()
+        arguments.write.write_text(with_tables(page, arguments.results.name, lines))
+    return bool(arguments.markdown or arguments.write)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -280,25 +305,36 @@ def cell_text(line: dict[str, Any] | None, usual_images: int) -> str:
     return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %{fewer}"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def argument_parser(description: str | None, *, results: str, images: str) -> argparse.ArgumentParser:
+    """What every table of cells takes. results: the folder below runs/; images: what they are for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], metavar="NAME[=CHECKPOINT]")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
-    parser.add_argument("--calibration-images", type=Path, metavar="DIR", help="for the `real` rows")
-    parser.add_argument("--results", type=Path, default=Path("runs/accuracy/results.jsonl"))
-    parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="SOURCE")
-    parser.add_argument("--recipes", nargs="+", default=["fast"])
-    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
-    parser.add_argument("--limit", type=int, metavar="N", help="measure on N of the images, evenly spaced")
+    parser.add_argument("--images", type=Path, metavar="DIR", help=images)
+    parser.add_argument("--calibration-images", type=Path, metavar="DIR", help="for calibration on `real` images")
+    parser.add_argument("--results", type=Path, default=Path("runs") / results / "results.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
-    parser.add_argument("--generate-only", action="store_true", help="make the calibration sets and stop")
     parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of `argument_parser` and others; an error where there is nothing to do."""
     arguments = parser.parse_args()
     if not (arguments.markdown or arguments.write) and not (arguments.model and arguments.images):
         parser.error("give --model and --images, or --markdown, or --write")
     return arguments
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__, results="accuracy", images="labelled images to measure on")
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="SOURCE")
+    parser.add_argument("--recipes", nargs="+", default=["fast"])
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on N of the images, evenly spaced")
+    parser.add_argument("--generate-only", action="store_true", help="make the calibration sets and stop")
+    return parsed(parser)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_table import machine
+from accuracy_table import machine, peak_memory
 from inversion_tables import contender_of, median_seconds, projected, to_markdown, with_table
 from plain_inversion import invert_plainly
 from torch import Tensor, nn
@@ -244,28 +244,6 @@ class Bench:
         """Bytes that a short run with all decisions needs at most, beyond what is held already."""
         iterations = COMPARE_EVERY if schedule is None else max(COMPARE_EVERY, schedule.images_per_canvas)
         return peak_memory(lambda: self.run(schedule, iterations, lambda _done: None), self.model.device)
-
-
-def peak_memory(run: Callable[[], None], device: torch.device) -> int:
-    """Bytes `run` needs at most beyond what is held already, on `device`; on a CPU, of the whole process (Linux).
-
-    That includes the code it is the first to use, some tens of MB.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - held
-    # Not getrusage's ru_maxrss: a process starts with that of the one which started it, and it cannot be reset.
-    Path("/proc/self/clear_refs").write_text("5")
-    held = _status("VmRSS")
-    run()
-    return _status("VmHWM") - held
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

@@ -24,14 +24,20 @@ from typing import Any
 
 import torch
 from accuracy_table import (
+    BATCH,
     Replayed,
     append,
+    argument_parser,
     between_marks,
     calibration_set,
     calibration_text,
+    cells_missing,
     load_images,
+    logits_of,
     machine,
+    parsed,
     read_lines,
+    shown,
 )
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -39,7 +45,6 @@ from torch.utils.data import TensorDataset
 import dfq
 from dfq.versions import versions
 
-BATCH = 50
 KEY = ("model", "source", "recipe", "bits", "seed", "channels", "factor")
 # Of the largest logit: beyond it the two are not the same function.
 TOLERANCE = 1e-3
@@ -48,16 +53,10 @@ TOLERANCE = 1e-3
 def main() -> None:
     arguments = parse_arguments()
     lines = read_lines(arguments.results)
-    if arguments.markdown:
-        print(to_markdown(lines))
-        return
-    if arguments.write:
-        page = arguments.write.read_text()
-        arguments.write.write_text(with_tables(page, arguments.results.name, lines))
+    if shown(arguments, lines, to_markdown, with_tables):
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {key_of(line) for line in lines}
     for entry in arguments.model:
         name, _, checkpoint = entry.partition("=")
         common = {"seed": arguments.seed, "channels": arguments.channels, "factor": arguments.factor}
@@ -66,7 +65,7 @@ def main() -> None:
             for recipe in arguments.recipes
             for bits in arguments.bits
         ]
-        missing = [cell for cell in wanted if key_of(cell) not in done]
+        missing = cells_missing(wanted, lines, KEY)
         if not missing:
             continue
         model = dfq.load_model(name, checkpoint=checkpoint or None)
@@ -156,16 +155,6 @@ def norms(network: nn.Module) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
                 yield norm, linears
 
 
-def logits_of(model: Any, images: Tensor) -> Tensor:
-    """[M, 3, H, W] -> [M, C]"""
-    with torch.inference_mode():
-        return torch.cat([model(batch) for batch in torch.split(images, BATCH)])
-
-
-def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[part] for part in KEY)
-
-
 def to_markdown(lines: list[dict[str, Any]]) -> str:
     """One table per model, a row per cell; under each the largest change."""
     blocks = []
@@ -212,25 +201,14 @@ def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", default=[], metavar="NAME[=CHECKPOINT]")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
-    parser.add_argument("--calibration-images", type=Path, metavar="DIR", help="for --source real")
-    parser.add_argument("--results", type=Path, default=Path("runs/robustness/results.jsonl"))
+    parser = argument_parser(__doc__, results="robustness", images="labelled images to measure on")
     parser.add_argument("--source", default="natural", help="as a source of accuracy_table.py (%(default)s)")
     parser.add_argument("--recipes", nargs="+", default=["fast"])
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
     parser.add_argument("--channels", type=int, default=4, metavar="N", help="of each norm (%(default)s)")
     parser.add_argument("--factor", type=float, default=30.0, metavar="X", help="(%(default)g)")
     parser.add_argument("--limit", type=int, metavar="N", help="measure on N of the images, evenly spaced")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
-    parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
-    arguments = parser.parse_args()
-    if not (arguments.markdown or arguments.write) and not (arguments.model and arguments.images):
-        parser.error("give --model and --images, or --markdown, or --write")
-    return arguments
+    return parsed(parser)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,28 @@ them. Ranges come from --source (as in accuracy_table.py), costs from --limit of
 precision || quantized) of the prediction in nats, and the share of equal answers. No labels are needed.
 
 Every cell is one line of JSON in --results; cells that are there are not made again. In the end all tables are
-printed; --write FILE.md makes nothing and puts them into a page, between `<!-- site kinds: RESULTS.jsonl -->` and
-`<!-- end -->`.
+printed; --markdown makes nothing and prints them; --write FILE.md puts them into a page, between
+`<!-- site kinds: RESULTS.jsonl -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_table import append, between_marks, calibration_set, calibration_text, machine, read_lines
+from accuracy_table import (
+    append,
+    argument_parser,
+    between_marks,
+    calibration_set,
+    calibration_text,
+    cells_missing,
+    machine,
+    parsed,
+    read_lines,
+    shown,
+)
 from torch import Tensor
 
 import dfq
@@ -72,13 +82,10 @@ KINDS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
 def main() -> None:
     arguments = parse_arguments()
     lines = read_lines(arguments.results)
-    if arguments.write:
-        page = arguments.write.read_text()
-        arguments.write.write_text(with_tables(page, arguments.results.name, lines))
+    if shown(arguments, lines, to_markdown, with_tables):
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {key_of(line) for line in lines}
     for entry in arguments.model:
         name, _, checkpoint = entry.partition("=")
         common = {"model": name, "source": arguments.source, "seed": arguments.seed, "recipe": DEFAULT_RECIPE}
@@ -88,7 +95,7 @@ def main() -> None:
             for kind, (_, settings) in KINDS.items()
             for setting in settings
         ]
-        missing = [cell for cell in wanted if key_of(cell) not in done]
+        missing = cells_missing(wanted, lines, KEY)
         if not missing:
             continue
         model = dfq.load_model(name, checkpoint=checkpoint or None)
@@ -117,10 +124,6 @@ def alone(kind: str, setting: str) -> Recipe:
 def logits_of(model: Any, images: dfq.CalibrationSet) -> Tensor:
     with torch.inference_mode():
         return torch.cat([model(batch) for batch, _ in images.batches(50, model.device)])
-
-
-def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[part] for part in KEY)
 
 
 def to_markdown(lines: list[dict[str, Any]]) -> str:
@@ -153,23 +156,11 @@ def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", default=[], metavar="NAME[=CHECKPOINT]")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images to measure on")
-    parser.add_argument(
-        "--calibration-images", type=Path, metavar="DIR", help="for --source real, in place of --images"
-    )
-    parser.add_argument("--results", type=Path, default=Path("runs/site-kinds/results.jsonl"))
+    parser = argument_parser(__doc__, results="site-kinds", images="a folder of images to measure on")
     parser.add_argument("--source", default="natural", help="as a source of accuracy_table.py (%(default)s)")
     parser.add_argument("--bits", nargs="+", default=["w4a4"])
     parser.add_argument("--limit", type=int, default=150, metavar="N", help="measure on N of the images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
-    arguments = parser.parse_args()
-    if not arguments.write and not (arguments.model and arguments.images):
-        parser.error("give --model and --images, or --write")
-    return arguments
+    return parsed(parser)
 
 
 if __name__ == "__main__":
