@@ -33,6 +33,7 @@ DEFAULT_RECIPE = "fast"
 FLOAT_BITS = 16
 """As activation bits: left in floating point."""
 
+Rotation = Literal["heads", "full"]
 Reparametrization = Literal["full", "searched"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
@@ -139,11 +140,13 @@ class SiteSettings:
 class OutputSearch:
     """Ranges of both operands of every matrix product searched in turn by the error of the product (PTQ4ViT, 3.3).
 
-    error: output, the squared error, or fisher, each output's by its squared gradient; rounds: how often each operand
-    is searched; images: how many the products are looked at on.
+    error: output, the squared error, or fisher, each output's by its squared gradient; operands: both, or only the
+    activations, where weights are rounded with `Compensation`, whose ranges a search for rounding to nearest does no
+    good; rounds: how often each operand is searched; images: how many the products are looked at on.
     """
 
     error: Literal["output", "fisher"] = "fisher"
+    operands: Literal["both", "activations"] = "both"
     rounds: int = 1
     images: int = 4
 
@@ -188,10 +191,11 @@ class Recipe:
 
     scope: `gemm`, the inputs of matrix products, or `full`, also everything between them that a fully
     quantized ViT puts on integers; first_last_bits: of the patch embedding and the classifier, None for those of
-    the run; num_images: how many are generated where none are given; reparametrize: ranges per channel are moved into
-    the layers before and after where that is exact, and become ranges per tensor: full (RepQ-ViT), or searched, as far
-    as the product they enter gains by it. The tables range_search, compensation and reconstruction say how these are
-    done. Of these four, None: not at all.
+    the run; num_images: how many are generated where none are given; rotate: channels are mixed by rotations that
+    cancel, those of each attention head or, full, of the residual stream too; reparametrize: ranges per channel are
+    moved into the layers before and after where that is exact, and become ranges per tensor: full (RepQ-ViT), or
+    searched, as far as the product they enter gains by it. The tables range_search, compensation and reconstruction say
+    how these are done. Of these five, None: not at all.
     """
 
     name: str
@@ -202,6 +206,7 @@ class Recipe:
     activations: SiteSettings
     sites: dict[str, dict[str, Any]]
     num_images: int = 32
+    rotate: Rotation | None = None
     reparametrize: Reparametrization | None = None
     range_search: OutputSearch | None = None
     compensation: Compensation | None = None
@@ -226,8 +231,9 @@ class Recipe:
                 f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None
             }
         value["num_images"] = self.num_images
-        if self.reparametrize is not None:
-            value["reparametrize"] = self.reparametrize
+        for key in ("rotate", "reparametrize"):
+            if getattr(self, key) is not None:
+                value[key] = getattr(self, key)
         for table in _ALGORITHMS:
             settings = getattr(self, table)
             if settings is not None:
@@ -268,7 +274,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
     first_last = content.get("first_last_bits")
     if first_last is not None:
         _check_value("first_last_bits", first_last, where)
-    for key in ("num_images", "reparametrize"):
+    for key in ("num_images", "rotate", "reparametrize"):
         if key in content:
             _check_value(key, content[key], where)
     for part in ("weights", "activations", "sites", *_ALGORITHMS):
@@ -296,6 +302,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
         activations=parts["activations"],
         sites=sites,
         num_images=content.get("num_images", 32),
+        rotate=content.get("rotate"),
         reparametrize=content.get("reparametrize"),
         **{table: _algorithm(kind, content.get(table), f"{where}, {table}") for table, kind in _ALGORITHMS.items()},
     )
@@ -339,8 +346,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "quantize": (True, False),
     "quantizer": ("uniform", "twin_uniform", "log", "least_error"),
     "base": ("2", "sqrt2", "search"),
+    "rotate": ("heads", "full"),
     "reparametrize": ("full", "searched"),
     "error": ("output", "fisher"),
+    "operands": ("both", "activations"),
     "symmetric": (True, False),
     "granularity": ("tensor", "channel", "head"),
     "range": ("minmax", "percentile", "mse", "token_mse", "output_mse"),

@@ -23,6 +23,7 @@ from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.ptq.products import search_stage
 from dfq.ptq.reconstruct import Reconstructor, exact_weights
+from dfq.ptq.rotate import rotate
 from dfq.ptq.sites import PlannedSite, plan_sites
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
@@ -86,11 +87,12 @@ def quantize(
     folder of one, or None to invert the model for as many images as the recipe asks for. recipe: a preset's name, a
     TOML file, or a Recipe.
 
-    The network is walked once, stage by stage (stem, each block, head), in full precision ("parallel" calibration,
-    PTQ4ViT, section 3.3; on the kept patches only where the set is sparse). In each stage ranges per channel are first
-    moved where that costs nothing (`reparametrize`), then all ranges are found, by the error of each tensor and, where
-    the recipe says so, by that of the products (`search_stage`); activations get their quantizers and weights their
-    integers. What the recipe tunes by gradients is tuned afterwards (`reconstruct`).
+    Where the recipe says so, channels are rotated first (`rotate`). The network is then walked once, stage by stage
+    (stem, each block, head), in full precision ("parallel" calibration, PTQ4ViT, section 3.3; on the kept patches only
+    where the set is sparse). In each stage ranges per channel are first moved where that costs nothing
+    (`reparametrize`), then all ranges are found, by the error of each tensor and, where the recipe says so, by that of
+    the products (`search_stage`); activations get their quantizers and weights their integers. What the recipe tunes by
+    gradients is tuned afterwards (`reconstruct`).
 
     Raises DfqError: bits or recipe that make no sense, a calibration set made for another image size or
     normalisation, activations that are not finite.
@@ -155,6 +157,8 @@ def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer
     """
     check_quantizable(model.name, model.module)
     module = adapt(copy.deepcopy(model.module))
+    if recipe.rotate is not None:
+        rotate(module, recipe.rotate)
     return module, plan_sites(module, recipe, bits)
 
 

@@ -81,7 +81,13 @@ def search_stage(
     `error = "fisher"` takes; fitted: quantizers by site, none in its place yet, changed in place; inputs, run: what
     enters the stage in full precision, batch by batch, and what the stage does with it.
     """
-    products = [p for p in stage_products(network, stage) if p.left in fitted or p.right in fitted]
+    searched = dict(fitted)
+    products = list(stage_products(network, stage))
+    if settings.operands == "activations":
+        for product in products:
+            if product.weights is not None:
+                searched.pop(product.right, None)
+    products = [p for p in products if p.left in searched or p.right in searched]
     generator = torch.Generator().manual_seed(0) if settings.error == "fisher" else None
     seen = [_look(network, products, run, following, part, generator) for part in _parts(inputs, settings.images)]
     for product in products:
@@ -97,8 +103,8 @@ def search_stage(
         search_product(
             left[::step],
             right if product.weights is not None else right[::step],
-            fitted.get(product.left),
-            fitted.get(product.right),
+            searched.get(product.left),
+            searched.get(product.right),
             None if weight is None else weight[::step],
             settings.rounds,
             transpose_right=product.transpose_right,

@@ -121,6 +121,27 @@ def test_every_stage_has_its_products(tiny: Network, tiny_swin: Network) -> None
     assert names(tiny_swin())[merging] == {(f"{merging}.reduction.input", f"{merging}.reduction.weight")}
 
 
+def test_a_search_of_activations_leaves_weights_as_they_are(
+    tiny: Network, images_for: Callable[..., CalibrationSet]
+) -> None:
+    plain, both, activations = (
+        dfq.quantize(tiny(), "w4a4", calibration=images_for(), recipe=recipe(search), progress=False)
+        for search in (None, {"error": "output"}, {"error": "output", "operands": "activations"})
+    )
+
+    def changed(found: dfq.QuantizedModel) -> set[str]:
+        """Sites that end on another grid than without a search."""
+        return {
+            name.rpartition(".")[2]
+            for name, quantizer in found.sites.items()
+            if any(not torch.equal(t, plain.sites[name].tensors()[key]) for key, t in quantizer.tensors().items())
+        }
+
+    assert changed(both) >= {"weight", "input", "q", "softmax"}
+    assert changed(activations) >= {"input", "q", "k", "v", "softmax"}
+    assert "weight" not in changed(activations)
+
+
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_no_product_has_more_error_and_all_have_less(
     kind: str, tiny: Network, tiny_swin: Network, images_for: Callable[..., CalibrationSet]
