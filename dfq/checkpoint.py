@@ -146,7 +146,8 @@ def load(directory: Path | str, *, device: str | torch.device | None = None) -> 
 
 def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> QuantizedModel:
     origin = Origin(**config["model"])
-    module = adapt(build_architecture(origin.architecture, origin.arguments))
+    recipe = recipe_from_dict(config["recipe"], name=config["recipe"]["name"], where=CONFIG)
+    module = adapt(build_architecture(origin.architecture, origin.arguments), deferred=recipe.softmax == "deferred")
     remaining = dict(tensors)
 
     sites: dict[str, Quantizer] = {}
@@ -174,13 +175,12 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.
         if name not in layers and "." in name:
             place(module, name, quantizer)
 
-    recipe = dict(config["recipe"])
     return QuantizedModel(
         module=module.requires_grad_(False).to(device),
         preprocessing=Preprocessing.from_dict(config["preprocessing"]),
         origin=origin,
         bits=str(parse_bits(config["bits"])),
-        recipe=recipe_from_dict(recipe, name=recipe["name"], where=CONFIG),
+        recipe=recipe,
         sites=sites,
         calibration=config["calibration"],
     )

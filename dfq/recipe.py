@@ -34,6 +34,7 @@ FLOAT_BITS = 16
 """As activation bits: left in floating point."""
 
 Rotation = Literal["heads", "full"]
+Softmax = Literal["normalized", "deferred"]
 Reparametrization = Literal["full", "searched"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
@@ -70,8 +71,9 @@ class SiteSettings:
     """How one tensor is quantized.
 
     bits: None for those of the run; granularity: tensor, channel or head; range: minmax, percentile or mse; for
-    activations also token_mse, which counts the squared error of each token the less the larger the token is, and for
-    weights output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
+    activations also token_mse, which counts the squared error of each token the less the larger the token is, and
+    probability_mse, that of exponentials as that of the probabilities they become (softmax = deferred), and for weights
+    output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
     the percentile range; quantizer: least_error is the best, by squared error, of uniform, twin_uniform and log; split:
     where a twin_uniform or log quantizer stands, magnitude after softmax or sign after GELU; base: of a log quantizer;
     outliers: channels whose largest magnitude is more than so many times the median channel's stay apart, at 8 bits.
@@ -82,7 +84,7 @@ class SiteSettings:
     quantizer: Literal["uniform", "twin_uniform", "log", "least_error"] = "uniform"
     symmetric: bool = False
     granularity: Literal["tensor", "channel", "head"] = "tensor"
-    range: Literal["minmax", "percentile", "mse", "token_mse", "output_mse"] = "minmax"
+    range: Literal["minmax", "percentile", "mse", "token_mse", "probability_mse", "output_mse"] = "minmax"
     percent: float | None = None
     split: Literal["magnitude", "sign"] | None = None
     base: Literal["2", "sqrt2", "search"] | None = None
@@ -129,10 +131,11 @@ class SiteSettings:
                 )
             granularity = PerAxis(axes[self.granularity])
         parameters = {} if self.percent is None else {"percent": self.percent}
-        if self.range == ("token_mse" if is_weight else "output_mse"):
+        if self.range in (("token_mse", "probability_mse") if is_weight else ("output_mse",)):
             raise ValueError(f"range {self.range!r} is not for {'weights' if is_weight else 'activations'}")
-        # Both weighted searches are the plain one, told how much each error counts.
-        search: RangeSearch = range_search(self.range.removeprefix("token_").removeprefix("output_"), **parameters)
+        # The weighted searches are the plain one, told how much each error counts.
+        plain = "mse" if self.range.endswith("_mse") else self.range
+        search: RangeSearch = range_search(plain, **parameters)
         return UniformQuantizer(bits, symmetric=self.symmetric, granularity=granularity, search=search)
 
 
@@ -191,11 +194,12 @@ class Recipe:
 
     scope: `gemm`, the inputs of matrix products, or `full`, also everything between them that a fully
     quantized ViT puts on integers; first_last_bits: of the patch embedding and the classifier, None for those of
-    the run; num_images: how many are generated where none are given; rotate: channels are mixed by rotations that
-    cancel, those of each attention head or, full, of the residual stream too; reparametrize: ranges per channel are
-    moved into the layers before and after where that is exact, and become ranges per tensor: full (RepQ-ViT), or
-    searched, as far as the product they enter gains by it. The tables range_search, compensation and reconstruction say
-    how these are done. Of these five, None: not at all.
+    the run; num_images: how many are generated where none are given; softmax: its probabilities are quantized, or,
+    deferred, exponentials that are normalized after the product with the values; rotate: channels are mixed by
+    rotations that cancel, those of each attention head or, full, of the residual stream too; reparametrize: ranges per
+    channel are moved into the layers before and after where that is exact, and become ranges per tensor: full
+    (RepQ-ViT), or searched, as far as the product they enter gains by it. The tables range_search, compensation and
+    reconstruction say how these are done. Of the last five, None: not at all.
     """
 
     name: str
@@ -206,6 +210,7 @@ class Recipe:
     activations: SiteSettings
     sites: dict[str, dict[str, Any]]
     num_images: int = 32
+    softmax: Softmax = "normalized"
     rotate: Rotation | None = None
     reparametrize: Reparametrization | None = None
     range_search: OutputSearch | None = None
@@ -230,7 +235,7 @@ class Recipe:
             value[part] = {
                 f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None
             }
-        value["num_images"] = self.num_images
+        value |= {"num_images": self.num_images, "softmax": self.softmax}
         for key in ("rotate", "reparametrize"):
             if getattr(self, key) is not None:
                 value[key] = getattr(self, key)
@@ -274,7 +279,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
     first_last = content.get("first_last_bits")
     if first_last is not None:
         _check_value("first_last_bits", first_last, where)
-    for key in ("num_images", "rotate", "reparametrize"):
+    for key in ("num_images", "softmax", "rotate", "reparametrize"):
         if key in content:
             _check_value(key, content[key], where)
     for part in ("weights", "activations", "sites", *_ALGORITHMS):
@@ -302,6 +307,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
         activations=parts["activations"],
         sites=sites,
         num_images=content.get("num_images", 32),
+        softmax=content.get("softmax", "normalized"),
         rotate=content.get("rotate"),
         reparametrize=content.get("reparametrize"),
         **{table: _algorithm(kind, content.get(table), f"{where}, {table}") for table, kind in _ALGORITHMS.items()},
@@ -346,13 +352,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "quantize": (True, False),
     "quantizer": ("uniform", "twin_uniform", "log", "least_error"),
     "base": ("2", "sqrt2", "search"),
+    "softmax": ("normalized", "deferred"),
     "rotate": ("heads", "full"),
     "reparametrize": ("full", "searched"),
     "error": ("output", "fisher"),
     "operands": ("both", "activations"),
     "symmetric": (True, False),
     "granularity": ("tensor", "channel", "head"),
-    "range": ("minmax", "percentile", "mse", "token_mse", "output_mse"),
+    "range": ("minmax", "percentile", "mse", "token_mse", "probability_mse", "output_mse"),
     "split": ("magnitude", "sign"),
     "bits": tuple(range(2, 9)),
     "first_last_bits": tuple(range(2, 9)),

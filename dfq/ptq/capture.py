@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Values of one site that a range search gets to see; beyond that the search only gets slower.
 SAMPLE_ELEMENTS = 2**17
@@ -72,10 +73,9 @@ class Sample:
     def values(self) -> Tensor:
         if not self._rows:
             raise RuntimeError("no activation passed this site")
-        if len({rows.shape[1:] for rows in self._rows}) > 1:
-            # As in `Extremes`: [R, heads, 1, N] -> [R * N, heads, 1, 1].
-            return torch.cat([rows.movedim(-1, 1).flatten(0, 1).unsqueeze(-1) for rows in self._rows])
-        return torch.cat(self._rows)
+        # Rows of attention maps are as long as there are tokens; short ones end in zeros, as of tokens nobody looks at.
+        longest = max(rows.shape[-1] for rows in self._rows)
+        return torch.cat([F.pad(rows, (0, longest - rows.shape[-1])) for rows in self._rows])
 
 
 class InputImportance:

@@ -156,7 +156,7 @@ def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer
     made.
     """
     check_quantizable(model.name, model.module)
-    module = adapt(copy.deepcopy(model.module))
+    module = adapt(copy.deepcopy(model.module), deferred=recipe.softmax == "deferred")
     if recipe.rotate is not None:
         rotate(module, recipe.rotate)
     return module, plan_sites(module, recipe, bits)

@@ -23,8 +23,8 @@ from dfq.ptq.stages import Stage
 from dfq.recipe import Compensation, Recipe, Reparametrization
 from quantizers import OutlierQuantizer, Quantizer, UniformQuantizer, outlier_channels
 
-# Of each batch these are looked at whatever is drawn, where channels may have to be kept apart.
-_LARGEST_TOKENS = 4
+# Of each batch these are looked at whatever is drawn: a range that they do not fit into costs more than its share.
+_LARGEST_TOKENS = 16
 
 
 @dataclass
@@ -75,8 +75,7 @@ def observe(
                 listeners[2][layer.input] = _rows_into(moments[name], layer)
         elif name != POSITION_EMBEDDING:
             slot = network.get_submodule(name)
-            largest = 0 if p.settings.outliers is None else _LARGEST_TOKENS
-            sample = Sample(parts, seed=0, largest=largest) if p.settings.needs_values else Extremes()
+            sample = Sample(parts, seed=0, largest=_LARGEST_TOKENS) if p.settings.needs_values else Extremes()
             ranges[name] = listeners[0][slot] = sample
             slots[slot] = name
     with (
@@ -181,6 +180,8 @@ def fit_quantizer(planned: PlannedSite, values: Tensor, importance: Tensor | Non
     settings = planned.settings
     if settings.range == "token_mse":
         importance = capture.token_importance(values)
+    elif settings.range == "probability_mse":
+        importance = values.sum(-1, keepdim=True).clamp(min=1).pow(-2)
     candidates = settings.build(planned.bits, is_weight=planned.site.is_weight)
     if settings.outliers is not None:
         channels = outlier_channels(values, settings.outliers)

@@ -74,11 +74,17 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class AttentionSlots(nn.Module):
-    """What every attention has: slots on the operands of both matrix products, q, k, scores, softmax and v."""
+    """What every attention has: slots on the operands of both matrix products, q, k, scores, softmax and v.
+
+    deferred: through the slot `softmax` pass exponentials, the largest of each row one, and the product with v is
+    divided by their sum as they come out of it, as fused kernels do (SageAttention, ICLR 2025, section 3): each row
+    has the whole grid then, and its weights add up to one however coarse they are.
+    """
 
     def __init__(self, num_heads: int, scale: float) -> None:
         super().__init__()
         self.num_heads, self.scale = num_heads, scale
+        self.deferred = False
         self.q: nn.Module = nn.Identity()
         self.k: nn.Module = nn.Identity()
         self.v: nn.Module = nn.Identity()
@@ -100,7 +106,11 @@ class AttentionSlots(nn.Module):
         scores = self.scores((q @ k.transpose(-2, -1)) * self.scale)
         if bias is not None:
             scores = (scores.view(-1, len(bias), *scores.shape[1:]) + bias).flatten(0, 1)
-        mixed: Tensor = self.softmax(scores.softmax(-1)) @ v
+        if self.deferred:
+            exponentials = self.softmax((scores - scores.detach().amax(-1, keepdim=True)).exp())
+            mixed: Tensor = (exponentials @ v) / exponentials.sum(-1, keepdim=True)
+        else:
+            mixed = self.softmax(scores.softmax(-1)) @ v
         return mixed.transpose(1, 2).flatten(2)
 
 
@@ -244,8 +254,13 @@ def understood_parts(network: VisionTransformer | SwinTransformer) -> dict[str, 
     return parts | {"patch_embed": PatchEmbed, "head": nn.Linear}
 
 
-def adapt(network: VisionTransformer | SwinTransformer) -> VisionTransformer | SwinTransformer:
-    """Replace, in place, every layer that has sites; the network's function does not change."""
+def adapt(
+    network: VisionTransformer | SwinTransformer, *, deferred: bool = False
+) -> VisionTransformer | SwinTransformer:
+    """Replace, in place, every layer that has sites; the network's function does not change.
+
+    deferred: of every attention, see `AttentionSlots`.
+    """
     if isinstance(network, SwinTransformer):
         for layer in network.layers:
             layer.blocks = nn.Sequential(*(QuantizedSwinBlock(block) for block in layer.blocks))
@@ -262,6 +277,9 @@ def adapt(network: VisionTransformer | SwinTransformer) -> VisionTransformer | S
                 setattr(parent, name, QuantizedLinear(child))
             elif type(child) is nn.Conv2d:
                 setattr(parent, name, QuantizedConv2d(child))
+    for module in network.modules():
+        if isinstance(module, AttentionSlots):
+            module.deferred = deferred
     return network.eval()
 
 

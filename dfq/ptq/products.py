@@ -58,6 +58,8 @@ def stage_products(network: nn.Module, stage: Stage) -> Iterator[Product]:
             yield Product(*names, module.weight.flatten(1), f"{path}.output", rows, result_rows)
         elif isinstance(module, AttentionSlots):
             yield Product(f"{path}.q", f"{path}.k", None, f"{path}.scores", _unchanged, _unchanged)
+            if module.deferred:
+                continue  # What becomes of the product hangs on the sum of the exponentials as well.
             # A norm or a gate comes before what enters the projection.
             plain = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
             mixed = f"{path}.proj.input" if plain and getattr(module, "gate", None) is None else None

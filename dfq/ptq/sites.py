@@ -85,7 +85,7 @@ def plan_sites(vit: nn.Module, recipe: Recipe, bits: Bits) -> list[PlannedSite]:
         if not settings.quantize or width is None:
             continue
         try:
-            _check_granularity(site, settings)
+            _check_fit(site, settings)
             settings.build(width, is_weight=site.is_weight)
         except ValueError as error:
             raise RecipeError(f"recipe {recipe.name}, site {site.name}: {error}") from error
@@ -93,8 +93,10 @@ def plan_sites(vit: nn.Module, recipe: Recipe, bits: Bits) -> list[PlannedSite]:
     return planned
 
 
-def _check_granularity(site: Site, settings: SiteSettings) -> None:
-    """Raise ValueError where the tensor has no such axis."""
+def _check_fit(site: Site, settings: SiteSettings) -> None:
+    """Raise ValueError where the tensor has no such axis, or is not what the range is for."""
+    if settings.range == "probability_mse" and site.slot != "softmax":
+        raise ValueError("range 'probability_mse' is only for softmax")
     if site.is_weight:
         return
     if settings.granularity == "head" and site.slot not in ("q", "k", "v", "scores", "softmax"):

@@ -174,8 +174,10 @@ def test_a_recipe_error_is_wrong_usage() -> None:
 
 ALGORITHMS = {
     "num_images": 48,
+    "softmax": "deferred",
+    "rotate": "heads",
     "reparametrize": "full",
-    "range_search": {"error": "output", "rounds": 2, "images": 7},
+    "range_search": {"error": "output", "operands": "activations", "rounds": 2, "images": 7},
     "compensation": {"evenness": 0.25, "damping": [0.01, 1.0]},
     "reconstruction": {"iterations": 5, "batch_size": 3, "weight_rate": 1e-4, "drop": 0.0},
 }
@@ -183,8 +185,8 @@ ALGORITHMS = {
 
 def test_algorithms_and_their_settings() -> None:
     recipe = made(ALGORITHMS)
-    assert (recipe.num_images, recipe.reparametrize) == (48, "full")
-    assert recipe.range_search == OutputSearch(error="output", rounds=2, images=7)
+    assert (recipe.num_images, recipe.softmax, recipe.rotate, recipe.reparametrize) == (48, "deferred", "heads", "full")
+    assert recipe.range_search == OutputSearch(error="output", operands="activations", rounds=2, images=7)
     assert recipe.compensation == Compensation(evenness=0.25, damping=(0.01, 1.0))
     assert recipe.reconstruction == Reconstruction(iterations=5, batch_size=3, weight_rate=1e-4, drop=0.0)
     assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict())), name="x", where="y") == recipe
@@ -192,8 +194,10 @@ def test_algorithms_and_their_settings() -> None:
 
 def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_settings() -> None:
     recipe = made({})
-    assert (recipe.reparametrize, recipe.range_search, recipe.compensation, recipe.reconstruction) == (None,) * 4
-    assert not {"reparametrize", "range_search", "compensation", "reconstruction"} & recipe.to_dict().keys()
+    algorithms = ("rotate", "reparametrize", "range_search", "compensation", "reconstruction")
+    assert [getattr(recipe, name) for name in algorithms] == [None] * 5
+    assert not set(algorithms) & recipe.to_dict().keys()
+    assert recipe.softmax == "normalized"
     recipe = made({"range_search": {}, "compensation": {}, "reconstruction": {}})
     assert (recipe.range_search, recipe.compensation, recipe.reconstruction) == (
         OutputSearch(),
@@ -206,6 +210,10 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
     ("content", "said"),
     [
         ({"reparametrize": True}, r"mine\.toml: reparametrize must be one of 'full', 'searched', not True"),
+        ({"rotate": "residual"}, r"mine\.toml: rotate must be one of 'heads', 'full', not 'residual'"),
+        ({"softmax": "late"}, r"mine\.toml: softmax must be one of 'normalized', 'deferred', not 'late'"),
+        ({"range_search": {"operands": "weights"}}, "operands must be one of 'both', 'activations', not 'weights'"),
+        ({"weights": {"range": "probability_mse"}}, "range 'probability_mse' is not for weights"),
         ({"num_images": 0}, "num_images must be a whole number from 1 to 1048576, not 0"),
         ({"num_images": 32.0}, r"num_images must be a whole number from .* not 32\.0"),
         ({"range_search": True}, "range_search must be a table"),

@@ -35,9 +35,9 @@ def test_attention_maps_of_different_sizes_have_the_heads_in_common() -> None:
     low, high = extremes.values().unbind(0)
     assert low.flatten(1).tolist() == [[0.0], [-4.0]]
     assert high.flatten(1).tolist() == [[5.0], [7.0]]
-    values = sample.values()
-    assert sorted(values[:, 0].flatten().tolist()) == [0.0, 0.0, 1.0, 2.0, 2.0, 3.0, 3.0, 5.0, 5.0]
-    assert sorted(values[:, 1].flatten().tolist()) == [-4.0, -1.0, -1.0, 0.0, 0.0, 6.0, 6.0, 7.0, 7.0]
+    # Rows stay whole, and as long as the longest.
+    rows = [[[[2.0, 3.0]], [[7.0, 6.0]]], [[[0.0, 5.0]], [[-1.0, 0.0]]]]
+    assert sample.values().tolist() == [*rows, [[[1.0, 0.0]], [[-4.0, 0.0]]], *rows]
 
 
 def test_extremes_keep_nan() -> None:

@@ -71,6 +71,20 @@ def test_the_least_error_counts_tokens_as_the_range_does() -> None:
     assert error_of_others("token_mse") < error_of_others("minmax") / 4
 
 
+@pytest.mark.parametrize("quantizer", ["twin_uniform", "log", "least_error"])
+def test_exponentials_are_rounded_for_the_probabilities_they_become(quantizer: str) -> None:
+    """In flat rows every probability is small, whatever becomes of it; in peaked ones what is beside the peak counts."""
+    uniform = torch.rand(200, 1, 1, 50, generator=torch.Generator().manual_seed(2))
+    values = torch.cat([0.3 + 0.7 * uniform, 0.02 * uniform])
+    values[..., 0] = 1.0
+
+    def error_of_probabilities(search: str) -> float:
+        found = fitted(values, 3, quantizer=quantizer, split="magnitude", range=search)(values)
+        return (found / found.sum(-1, keepdim=True) - values / values.sum(-1, keepdim=True)).square().mean().item()
+
+    assert error_of_probabilities("probability_mse") < 0.7 * error_of_probabilities("mse")
+
+
 def test_outliers_are_kept_apart_where_there_are_any() -> None:
     values = nn.functional.gelu(randn(400, 16))
     settings: dict[str, Any] = {"quantizer": "least_error", "split": "sign", "outliers": 20.0}

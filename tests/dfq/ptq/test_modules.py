@@ -138,6 +138,32 @@ def test_what_a_slot_of_attention_gives_is_used(tiny: Callable[..., Model]) -> N
         setattr(attention, slot, nn.Identity())
 
 
+def test_normalization_can_wait_until_values_are_mixed(tiny: Callable[..., Model]) -> None:
+    module = tiny().module
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 4
+    plain, deferred = (adapt(copy.deepcopy(module), deferred=how) for how in (False, True))
+    keeps = Keep(), Keep()
+    for network, keep in zip((plain, deferred), keeps, strict=True):
+        network.blocks[1].attn.softmax = keep
+    torch.testing.assert_close(deferred(x), plain(x), rtol=1e-4, atol=1e-5)
+    probabilities, exponentials = (keep.seen for keep in keeps)
+    assert torch.equal(exponentials.amax(-1), torch.ones(exponentials.shape[:-1]))
+    expected = probabilities / probabilities.amax(-1, keepdim=True)
+    torch.testing.assert_close(exponentials, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_attention_add_up_to_one_however_coarse(tiny: Callable[..., Model]) -> None:
+    """Half the tokens get 0.4 of what the others get: two levels leave those out, and the mean of the others."""
+    attention = adapt(tiny().module, deferred=True).blocks[0].attn
+    attention.softmax = UniformQuantizer(2, symmetric=True).load_tensors({"scale": torch.ones(1)})
+    q = torch.ones(1, 3, 4, 8)
+    k = torch.zeros(1, 3, 4, 8)
+    k[:, :, 2:, 0] = float(np.log(0.4) / attention.scale)
+    v = torch.randn(1, 3, 4, 8, generator=torch.Generator().manual_seed(3))
+    mean = v[:, :, :2].mean(2).flatten(1)  # [1, 3 heads * 8]
+    torch.testing.assert_close(attention.mix(q, k, v), mean.unsqueeze(1).expand(1, 4, 24))
+
+
 def test_what_the_slots_of_a_block_give_is_used(tiny: Callable[..., Model]) -> None:
     block = adapt(tiny().module).blocks[0]
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(3))

@@ -43,13 +43,13 @@ def rescaled(reference: Model) -> Model:
 
 
 @pytest.fixture(scope="module")
-def leaves(reference: Model) -> CalibrationSet:
-    return dfq.generate(reference, "leaves", 8, progress=False)
+def made(reference: Model) -> CalibrationSet:
+    return dfq.generate(reference, num_images=16, progress=False)
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
 def test_the_sizes_of_channels_after_a_norm_do_not_matter(
-    bits: str, reference: Model, rescaled: Model, leaves: CalibrationSet
+    bits: str, reference: Model, rescaled: Model, made: CalibrationSet
 ) -> None:
     pixels, _ = digits("test")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (reference.preprocessing.mean, reference.preprocessing.std))
@@ -60,11 +60,11 @@ def test_the_sizes_of_channels_after_a_norm_do_not_matter(
         name="nothing moved",
         where="test",
     )
-    fast = [logit_sqnr(model, x, bits, leaves, "fast") for model in (reference, rescaled)]
-    assert fast[1] > 24
+    fast = [logit_sqnr(model, x, bits, made, "fast") for model in (reference, rescaled)]
+    assert fast[1] > 25
     assert fast[1] > fast[0] - 2
     # Without moving ranges they do.
-    assert logit_sqnr(rescaled, x, bits, leaves, plain) < fast[1] - 2
+    assert logit_sqnr(rescaled, x, bits, made, plain) < fast[1] - 2
 
 
 # --- massive activations
@@ -105,7 +105,7 @@ def test_a_massive_activation_costs_the_other_channels_nothing(
     recipe = replace(fast, sites=fast.sites | {GELU_SITES: site})
     apart, together = (logit_sqnr(massive, x, bits, images_for(16), r) for r in (recipe, without_outliers(recipe)))
     assert apart > together + 5
-    assert apart > 15
+    assert apart > 14
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])

@@ -153,6 +153,7 @@ def test_a_pattern_without_a_site_is_refused_with_the_nearest(tiny: Callable[...
         ("blocks.0.mlp.fc1.weight", {"outliers": 20}, "outliers are kept apart in activations, not in weights"),
         ("blocks.0.mlp.fc1.weight", {"range": "token_mse"}, "range 'token_mse' is not for weights"),
         ("blocks.0.mlp.fc1.input", {"range": "output_mse"}, "range 'output_mse' is not for activations"),
+        ("blocks.0.attn.v", {"range": "probability_mse"}, "range 'probability_mse' is only for softmax"),
         ("head.input", {"percent": 99.0}, "percent"),
         ("head.input", {"granularity": "head"}, "granularity 'head' is only for q, k, v"),
         ("blocks.0.attn.softmax", {"granularity": "channel"}, "granularity 'channel' is not for attention maps"),
