@@ -73,7 +73,7 @@ def test_the_least_error_counts_tokens_as_the_range_does() -> None:
 
 @pytest.mark.parametrize("quantizer", ["twin_uniform", "log", "least_error"])
 def test_exponentials_are_rounded_for_the_probabilities_they_become(quantizer: str) -> None:
-    """In flat rows every probability is small, whatever becomes of it; in peaked ones what is beside the peak counts."""
+    """In flat rows every probability is small, whatever becomes of it; in peaked ones the little beside it counts."""
     uniform = torch.rand(200, 1, 1, 50, generator=torch.Generator().manual_seed(2))
     values = torch.cat([0.3 + 0.7 * uniform, 0.02 * uniform])
     values[..., 0] = 1.0
