@@ -14,6 +14,7 @@ printed; --markdown makes nothing and prints them; --write FILE.md puts them int
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +81,17 @@ KINDS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    recipes = {(kind, setting): alone(kind, setting) for kind, (_, settings) in KINDS.items() for setting in settings}
+    measure(parse_arguments(), recipes, to_markdown, with_tables)
+
+
+def measure(
+    arguments: argparse.Namespace,
+    recipes: Mapping[tuple[str, str], Recipe],
+    to_markdown: Callable[[list[dict[str, Any]]], str],
+    with_tables: Callable[[str, str, list[dict[str, Any]]], str],
+) -> None:
+    """Do what the arguments of `parse_arguments` ask for, with a recipe for each kind and setting of it."""
     lines = read_lines(arguments.results)
     if shown(arguments, lines, to_markdown, with_tables):
         return
@@ -92,8 +103,7 @@ def main() -> None:
         wanted = [
             common | {"bits": bits, "kind": kind, "setting": setting}
             for bits in arguments.bits
-            for kind, (_, settings) in KINDS.items()
-            for setting in settings
+            for kind, setting in recipes
         ]
         missing = cells_missing(wanted, lines, KEY)
         if not missing:
@@ -103,7 +113,7 @@ def main() -> None:
         reference = logits_of(model, images)
         calibration, made = calibration_set(missing[0], model, arguments)
         for cell in missing:
-            recipe = alone(cell["kind"], cell["setting"])
+            recipe = recipes[cell["kind"], cell["setting"]]
             quantized = dfq.quantize(model, cell["bits"], calibration=calibration, recipe=recipe)
             cost = Cost.of(reference, logits_of(quantized, images))
             line = cell | made | {"kl": cost.kl, "agreement": 100 - cost.changed, "num_images": len(images)}
@@ -126,8 +136,8 @@ def logits_of(model: Any, images: dfq.CalibrationSet) -> Tensor:
         return torch.cat([model(batch) for batch, _ in images.batches(50, model.device)])
 
 
-def to_markdown(lines: list[dict[str, Any]]) -> str:
-    """One table per model: a row for each setting of each kind, a column for each pair of bits."""
+def to_markdown(lines: list[dict[str, Any]], heads: tuple[str, str] = ("tensors", "quantizer")) -> str:
+    """One table per model: a row for each setting of each kind, `heads` above them, a column for each pair of bits."""
     blocks = []
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
@@ -137,7 +147,7 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
             f"**{model}**, ranges from {calibration_text(first)}: KL to full precision in nats and share of equal "
             f"answers on {first['num_images']} photographs.\n"
         )
-        blocks.append(f"| tensors | quantizer | {' | '.join(map(str.upper, columns))} |")
+        blocks.append(f"| {' | '.join([*heads, *map(str.upper, columns)])} |")
         blocks.append("|---" * (len(columns) + 2) + "|")
         for kind, setting in dict.fromkeys((line["kind"], line["setting"]) for line in own):
             row = {line["bits"]: line for line in own if (line["kind"], line["setting"]) == (kind, setting)}
@@ -155,10 +165,13 @@ def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
     return between_marks(page, f"<!-- site kinds: {name} -->\n", to_markdown(lines))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argument_parser(__doc__, results="site-kinds", images="a folder of images to measure on")
+def parse_arguments(
+    description: str | None = __doc__, *, results: str = "site-kinds", bits: Sequence[str] = ("w4a4",)
+) -> argparse.Namespace:
+    """results: the folder below runs/; bits: where none are given."""
+    parser = argument_parser(description, results=results, images="a folder of images to measure on")
     parser.add_argument("--source", default="natural", help="as a source of accuracy_table.py (%(default)s)")
-    parser.add_argument("--bits", nargs="+", default=["w4a4"])
+    parser.add_argument("--bits", nargs="+", default=list(bits))
     parser.add_argument("--limit", type=int, default=150, metavar="N", help="measure on N of the images (%(default)s)")
     return parsed(parser)
 
