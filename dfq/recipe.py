@@ -34,6 +34,7 @@ FLOAT_BITS = 16
 """As activation bits: left in floating point."""
 
 Reparametrization = Literal["full", "searched"]
+Rounding = Literal["ste", "adaround"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
 _WEIGHT_AXES = {"channel": 0}
@@ -164,17 +165,21 @@ class Compensation:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Weights, scales, biases and norms tuned by gradients, straight through the rounding.
+    """Weights, scales, biases and norms tuned by gradients.
 
-    iterations: steps per block; batch_size: images per step; rates: Adam's learning rate of weights, of the logarithm
+    rounding: ste, weights and their scales are tuned straight through the rounding to nearest; adaround, it is learned
+    of each weight whether it is rounded up or down, and their scales stay; iterations: steps per block; batch_size:
+    images per step; rates: Adam's learning rate of weights, of what AdaRound learns in place of them, of the logarithm
     of scales, of biases and norms; drop: share of activations that enter a block in full precision (QDrop); gradient:
     each token counts by its squared output gradient to this power; feature: weight of the error at the end of the
     network beside that of the block, 0: only the block is looked at.
     """
 
+    rounding: Rounding = "ste"
     iterations: int = 60
     batch_size: int = 16
     weight_rate: float = 5e-5
+    rounding_rate: float = 3e-2
     scale_rate: float = 1e-3
     bias_rate: float = 5e-5
     drop: float = 0.5
@@ -328,6 +333,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "iterations": (1, 10**6),
     "batch_size": (1, 4096),
     "weight_rate": (0.0, 1.0),
+    "rounding_rate": (0.0, 1.0),
     "scale_rate": (0.0, 1.0),
     "bias_rate": (0.0, 1.0),
     "drop": (0.0, 1.0),
@@ -341,6 +347,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "base": ("2", "sqrt2", "search"),
     "reparametrize": ("full", "searched"),
     "error": ("output", "fisher"),
+    "rounding": ("ste", "adaround"),
     "symmetric": (True, False),
     "granularity": ("tensor", "channel", "head"),
     "range": ("minmax", "percentile", "mse", "token_mse", "output_mse"),
