@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,21 @@ def is_quantized_model(path: Path | str) -> bool:
     return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
 
 
-def config_of(qmodel: QuantizedModel) -> dict[str, Any]:
-    """What `config.json` says, apart from the checksum of the weights."""
+def describe_sites(qmodel: QuantizedModel) -> dict[str, dict[str, Any]]:
+    """The quantizer of every site that has one, and the shape of weights; `restore` takes it back."""
     shapes = {
         f"{path}.weight": list(layer.weight.shape)
         for path, layer in qmodel.module.named_modules()
         if isinstance(layer, QuantizedLayer)
     }
+    return {
+        name: quantizer.describe() | ({"shape": shapes[name]} if name in shapes else {})
+        for name, quantizer in qmodel.sites.items()
+    }
+
+
+def config_of(qmodel: QuantizedModel) -> dict[str, Any]:
+    """What `config.json` says, apart from the checksum of the weights."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -49,10 +58,7 @@ def config_of(qmodel: QuantizedModel) -> dict[str, Any]:
         "model": qmodel.origin.to_dict(),
         "preprocessing": qmodel.preprocessing.to_dict(),
         "recipe": qmodel.recipe.to_dict(),
-        "sites": {
-            name: quantizer.describe() | ({"shape": shapes[name]} if name in shapes else {})
-            for name, quantizer in qmodel.sites.items()
-        },
+        "sites": describe_sites(qmodel),
         "calibration": qmodel.calibration,
         "versions": versions(),
     }
@@ -148,33 +154,7 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.
     origin = Origin(**config["model"])
     recipe = recipe_from_dict(config["recipe"], name=config["recipe"]["name"], where=CONFIG)
     module = adapt(build_architecture(origin.architecture, origin.arguments), deferred=recipe.softmax == "deferred")
-    remaining = dict(tensors)
-
-    sites: dict[str, Quantizer] = {}
-    for name, entry in config["sites"].items():
-        description = {key: value for key, value in entry.items() if key != "shape"}
-        own = [key for key in remaining if key.rpartition(".")[0] == name and not key.endswith(".integers")]
-        sites[name] = quantizers.build(description, {key.rpartition(".")[2]: remaining.pop(key) for key in own})
-
-    layers = {f"{path}.weight": m for path, m in module.named_modules() if isinstance(m, QuantizedLayer)}
-    packed = {name: remaining.pop(f"{name}.integers") for name in layers if name in sites}
-    plain = {name: remaining.pop(name) for name in layers if name not in sites}
-    for path, layer in module.named_modules():
-        # Reparametrisation gives an offset to layers that the architecture has without one.
-        if isinstance(layer, QuantizedLayer) and layer.bias is None and f"{path}.bias" in remaining:
-            layer.bias = nn.Parameter(torch.empty(len(layer.weight)))
-    # Before the quantizers take their places: the state dict knows only of the parameters.
-    module.load_state_dict(remaining)
-    for name, layer in layers.items():
-        if name in packed:
-            integers = quantizers.unpack(packed[name], sites[name].bits, layer.weight.shape, sites[name].signed)
-            layer.set_integers(sites[name], integers)
-        else:
-            layer.weight.copy_(plain[name])
-    for name, quantizer in sites.items():
-        if name not in layers and "." in name:
-            place(module, name, quantizer)
-
+    sites = restore(module, config["sites"], tensors)
     return QuantizedModel(
         module=module.requires_grad_(False).to(device),
         preprocessing=Preprocessing.from_dict(config["preprocessing"]),
@@ -184,3 +164,41 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.
         sites=sites,
         calibration=config["calibration"],
     )
+
+
+def restore(
+    module: nn.Module, described: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], *, strict: bool = True
+) -> dict[str, Quantizer]:
+    """Give an adapted network, nothing of which is quantized yet, what was kept of one; gives its quantizers by site.
+
+    described: what `describe_sites` said; tensors: of `QuantizedModel.tensors`, on the network's device. Not `strict`:
+    only some of them, and what they leave out stays as it is.
+
+    Raises KeyError, ValueError and the like where the two do not fit each other or the network.
+    """
+    remaining = dict(tensors)
+    sites: dict[str, Quantizer] = {}
+    for name, entry in described.items():
+        description = {key: value for key, value in entry.items() if key != "shape"}
+        own = [key for key in remaining if key.rpartition(".")[0] == name and not key.endswith(".integers")]
+        sites[name] = quantizers.build(description, {key.rpartition(".")[2]: remaining.pop(key) for key in own})
+
+    layers = {f"{path}.weight": m for path, m in module.named_modules() if isinstance(m, QuantizedLayer)}
+    packed = {name: remaining.pop(f"{name}.integers") for name in layers if name in sites}
+    plain = {name: remaining.pop(name) for name in layers if name not in sites and (strict or name in remaining)}
+    for path, layer in module.named_modules():
+        # Reparametrisation gives an offset to layers that the architecture has without one.
+        if isinstance(layer, QuantizedLayer) and layer.bias is None and f"{path}.bias" in remaining:
+            layer.bias = nn.Parameter(layer.weight.new_empty(len(layer.weight)), requires_grad=False)
+    # Before the quantizers take their places: the state dict knows only of the parameters.
+    module.load_state_dict(remaining, strict=strict)
+    for name, layer in layers.items():
+        if name in packed:
+            integers = quantizers.unpack(packed[name], sites[name].bits, layer.weight.shape, sites[name].signed)
+            layer.set_integers(sites[name], integers)
+        elif name in plain:
+            layer.weight.copy_(plain[name])
+    for name, quantizer in sites.items():
+        if name not in layers and "." in name:
+            place(module, name, quantizer)
+    return sites

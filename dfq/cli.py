@@ -100,6 +100,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     from dfq.checkpoint import claim_directory
     from dfq.generation import describe_run
     from dfq.ptq.engine import check_calibration, prepare
+    from dfq.ptq.resume import UNFINISHED
     from dfq.recipe import parse_bits
 
     # Everything that can be wrong is found here, before the folder is touched and images are made.
@@ -131,7 +132,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
     else:
         if images is None:
             images = _generated(arguments, model, plan, arguments.out / "calibration")
-        quantized = dfq.quantize(model, bits, calibration=images, recipe=recipe, progress=not arguments.quiet)
+        # Without, it is a matter of seconds.
+        resume = None if recipe.reconstruction is None else arguments.out / UNFINISHED
+        quantized = dfq.quantize(
+            model, bits, calibration=images, recipe=recipe, resume=resume, progress=not arguments.quiet
+        )
         dfq.save(quantized, arguments.out)
     print(
         f"{quantized.describe()}: {len(quantized.sites)} tensors quantized, "

@@ -34,7 +34,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     _model_options(generate)
     _generation_options(generate)
-    _output_options(generate, "folder for the calibration set")
+    _output_options(generate, "folder for the calibration set; one that was begun is continued")
 
     quantize = _command(
         commands,
@@ -56,7 +56,11 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--calibration-images", type=Path, metavar="DIR", help="a folder of real images, of which -n are drawn"
     )
     _generation_options(quantize, num_images=None)
-    _output_options(quantize, "folder for the quantized model")
+    _output_options(
+        quantize,
+        "folder for the quantized model; one that was begun is continued, a recipe that tunes blocks after the last "
+        "finished one",
+    )
 
     sensitivity = _command(
         commands,
@@ -206,9 +210,7 @@ def _generation_options(command: argparse.ArgumentParser, *, num_images: int | N
 
 
 def _output_options(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="DIR", help=f"{what}; one that was begun is continued"
-    )
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help=what)
     command.add_argument("--overwrite", action="store_true", help="replace what another run left there")
 
 

@@ -36,6 +36,7 @@ FLOAT_BITS = 16
 Rotation = Literal["heads", "full"]
 Softmax = Literal["normalized", "deferred"]
 Reparametrization = Literal["full", "searched"]
+Rounding = Literal["ste", "adaround"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
 _WEIGHT_AXES = {"channel": 0}
@@ -170,19 +171,23 @@ class Compensation:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Weights, scales, biases and norms tuned by gradients, straight through the rounding.
+    """Weights, scales, biases and norms tuned by gradients.
 
-    iterations: steps per block; batch_size: images per step; rates: Adam's learning rate of weights, of the logarithm
-    of scales, of biases and norms; drop: share of activations that enter a block in full precision (QDrop); gradient:
+    rounding: ste, weights and their scales are tuned straight through the rounding to nearest; adaround, it is learned
+    of each weight whether it is rounded up or down, and their scales stay; iterations: steps per block; batch_size:
+    images per step; rates: Adam's learning rate of weights in units of the layer's mean step, of what AdaRound learns in
+    place of them, of the logarithm of scales, of biases and norms; drop: share of activations that enter a block in full precision (QDrop); gradient:
     each token counts by its squared output gradient to this power; feature: weight of the error at the end of the
     network beside that of the block, 0: only the block is looked at.
     """
 
+    rounding: Rounding = "ste"
     iterations: int = 60
     batch_size: int = 16
-    weight_rate: float = 5e-5
-    scale_rate: float = 1e-3
-    bias_rate: float = 5e-5
+    weight_rate: float = 1e-2
+    rounding_rate: float = 3e-2
+    scale_rate: float = 5e-3
+    bias_rate: float = 5e-4
     drop: float = 0.5
     gradient: float = 0.0
     feature: float = 0.0
@@ -341,6 +346,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "iterations": (1, 10**6),
     "batch_size": (1, 4096),
     "weight_rate": (0.0, 1.0),
+    "rounding_rate": (0.0, 1.0),
     "scale_rate": (0.0, 1.0),
     "bias_rate": (0.0, 1.0),
     "drop": (0.0, 1.0),
@@ -357,6 +363,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "reparametrize": ("full", "searched"),
     "error": ("output", "fisher"),
     "operands": ("both", "activations"),
+    "rounding": ("ste", "adaround"),
     "symmetric": (True, False),
     "granularity": ("tensor", "channel", "head"),
     "range": ("minmax", "percentile", "mse", "token_mse", "probability_mse", "output_mse"),

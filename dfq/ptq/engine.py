@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -28,6 +28,9 @@ from dfq.ptq.sites import PlannedSite, plan_sites
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
 from quantizers import Quantizer, pack
+
+if TYPE_CHECKING:
+    from dfq.ptq.resume import ResumeFile
 
 
 @dataclass
@@ -79,13 +82,16 @@ def quantize(
     calibration: CalibrationSet | Path | str | None = None,
     recipe: Recipe | Path | str = DEFAULT_RECIPE,
     batch_size: int = 32,
+    resume: Path | str | None = None,
     progress: bool = True,
 ) -> QuantizedModel:
     """Quantize a model on a calibration set; the model itself is left as it is.
 
     bits: `w4a8` and the like, 2 to 8 each; `a16` leaves activations in floating point. calibration: a set, the
     folder of one, or None to invert the model for as many images as the recipe asks for. recipe: a preset's name, a
-    TOML file, or a Recipe.
+    TOML file, or a Recipe. resume: a file in which finished stages are kept until all are, and then no more: a run that
+    was stopped goes on from there to the same result, bit for bit on the same hardware. What another run left there is
+    replaced. Of images that are made here nothing is kept: give `calibration`.
 
     Where the recipe says so, channels are rotated first (`rotate`). The network is then walked once, stage by stage
     (stem, each block, head), in full precision ("parallel" calibration, PTQ4ViT, section 3.3; on the kept patches only
@@ -95,12 +101,13 @@ def quantize(
     gradients is tuned afterwards (`reconstruct`).
 
     Raises DfqError: bits or recipe that make no sense, a calibration set made for another image size or
-    normalisation, activations that are not finite.
+    normalisation, activations that are not finite, a file to resume from that is something else.
     """
     widths = parse_bits(bits)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     module, planned = prepare(model, widths, chosen)
     chain = stages(module)
+    kept = None if resume is None else _resume_file(Path(resume))
     images = _calibration_images(model, calibration, chosen.num_images)
     batches = [(pixels.cpu(), keep) for pixels, keep in images.batches(batch_size, model.device)]
 
@@ -109,15 +116,30 @@ def quantize(
     if any(part is not None and part.gradient > 0 for part in (chosen.compensation, chosen.reconstruction)):
         weighted = [p.site.owner for p in planned if p.site.is_weight]
         gradients = token_gradients(module, weighted, batches, model.device)
-    fitted: dict[str, Quantizer] = {}
-    inputs: list[Any] = batches
+    quantized = QuantizedModel(
+        module=module,
+        preprocessing=model.preprocessing,
+        origin=model.origin,
+        bits=str(widths),
+        recipe=chosen,
+        sites={},
+        calibration={"num_images": len(images), "run": images.run},
+    )
+    done = 0
+    inputs: Sequence[Any] = batches
     bar = tqdm(total=len(chain), desc="calibrate", unit="stage", file=sys.stderr, disable=None if progress else True)
     with bar, torch.no_grad():
         stem = _from_host(chain[0], model.device)
         reconstructor = None
         if chosen.reconstruction is not None:
             reconstructor = Reconstructor(module, chosen.reconstruction, batches, stem, gradients)
-        for index, stage in enumerate(chain):
+        reached = None if kept is None else kept.take_up(quantized, model, images, batch_size)
+        if reached is not None:
+            done, inputs = reached.stages, reached.full
+            bar.initial = bar.n = done
+            if reconstructor is not None:
+                reconstructor.entering = reached.quantized
+        for index, stage in list(enumerate(chain))[done:]:
             run = stage.run if stage is not chain[0] else stem
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(module, stage, sites, chosen, inputs, run)
@@ -129,19 +151,22 @@ def quantize(
             place_sites(module, sites, found, seen.moments, dampings)
             if reconstructor is not None:
                 reconstructor.tune(stage, exact, inputs, seen.outputs, run)
-            fitted |= found
+            quantized.sites |= found
             inputs = seen.outputs
+            if kept is not None:
+                kept.keep(quantized, index + 1, inputs, () if reconstructor is None else reconstructor.entering)
             bar.update()
 
-    return QuantizedModel(
-        module=module,
-        preprocessing=model.preprocessing,
-        origin=model.origin,
-        bits=str(widths),
-        recipe=chosen,
-        sites={p.site.name: fitted[p.site.name] for p in planned},
-        calibration={"num_images": len(images), "run": images.run},
-    )
+    if kept is not None:
+        kept.remove()
+    quantized.sites = {p.site.name: quantized.sites[p.site.name] for p in planned}
+    return quantized
+
+
+def _resume_file(path: Path) -> ResumeFile:
+    from dfq.ptq.resume import ResumeFile  # What it keeps is a QuantizedModel.
+
+    return ResumeFile(path)
 
 
 def _from_host(stem: Stage, device: torch.device) -> Callable[[Any], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from calibration.passes import low_precision, resolve_precision
 from dfq.ptq.gradients import stage_importance
 from dfq.ptq.modules import AttentionSlots, QuantizedLayer
+from dfq.ptq.rounding import AdaptiveRounding, regulariser
 from dfq.ptq.stages import Stage, stages, suffix
 from dfq.recipe import Reconstruction
 from quantizers import UniformQuantizer
@@ -28,6 +31,8 @@ def exact_weights(stage: Stage) -> dict[QuantizedLayer, Tensor]:
 
 class Reconstructor:
     """Tunes quantized stages one after the other.
+
+    entering: what the quantized stages before give to the next one, batch by batch; to be set where a run goes on.
 
     network: adapted, in full precision; settings: of the recipe; batches: what enters the stem; run: the stem;
     gradients: what `token_gradients` found, where tokens are to count by them.
@@ -44,13 +49,13 @@ class Reconstructor:
         self._network = network
         self._settings = settings
         self._gradients = gradients
-        self._quantized: Sequence[Any] = batches
-        self._generator = torch.Generator().manual_seed(0)
+        self.entering: Sequence[Any] = batches
         self._features: list[Tensor] = []
         if settings.feature > 0:
             stem = stages(network)[0]
             self._features = [suffix(network, stem, run(batch)).feature for batch in batches]
 
+    @torch.no_grad()
     def tune(
         self,
         stage: Stage,
@@ -63,48 +68,54 @@ class Reconstructor:
 
         Minimises the squared error of the stage's output, each token relative to its size, and, weighted, of the
         features at the end of the network (GLF-Q), straight through the roundings (STE for values, LSQ, ICLR 2020, for
-        scales). What enters is what the quantized stages before give, some elements of it in full precision (QDrop,
-        ICLR 2022).
+        scales); weights, if the settings say so, by AdaRound. What enters is what the quantized stages before give,
+        some elements of it in full precision (QDrop, ICLR 2022).
 
         exact: the weights of the stage's layers before they were rounded; full: what enters the stage in full
         precision, batch by batch; targets: what it gives then; run: the stage.
         """
         if stage.module is not None:
-            with _tunable(stage.module, exact) as tuned, torch.enable_grad():
+            with _tunable(stage.module, exact, self._settings) as tuned, torch.enable_grad():
                 self._descend(stage, tuned, full, targets)
-        self._quantized = [run(batch) for batch in self._quantized]
+        self.entering = [run(batch) for batch in self.entering]
 
     def _descend(self, stage: Stage, tuned: _Tuned, full: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         settings, device = self._settings, targets[0].device
         precision = resolve_precision("auto", device)
         importance = stage_importance(stage, self._gradients, settings.gradient)
-        optimizer = torch.optim.Adam(
-            [
-                {"params": tuned.weights, "lr": settings.weight_rate},
-                {"params": tuned.scales, "lr": settings.scale_rate},
-                {"params": tuned.others, "lr": settings.bias_rate},
-            ]
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
-        )
-        units: list[Tensor] = []
-        for _ in range(settings.iterations):
-            batch, chosen = _draw(targets, settings.batch_size, self._generator)
-            entering, target = self._quantized[batch][chosen], targets[batch][chosen]
-            dropped = torch.rand(entering.shape, generator=self._generator).to(device) < settings.drop
+        # Of the stage's own: what comes of it must not hang on whether those before it were tuned in this run.
+        generator = torch.Generator().manual_seed(zlib.crc32(stage.name.encode()))
+
+        def losses(batch: int, chosen: Tensor, entering: Tensor) -> list[Tensor]:
+            """Of a batch's chosen images: the error of the stage and, if asked for, of the features at the end."""
             with low_precision(device, precision):
-                tuned.apply()
-                found = stage.run(torch.where(dropped, full[batch][chosen], entering))
+                found = stage.run(entering)
                 ending = suffix(self._network, stage, found) if self._features else None
+            target = targets[batch][chosen]
             error = (found.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=_TINY)
-            losses = [(error if importance is None else error * importance[batch][chosen]).mean()]
+            parts = [(error if importance is None else error * importance[batch][chosen]).mean()]
             if ending is not None:
-                losses.append((ending.feature.float() - self._features[batch][chosen]).square().mean())
-            # Each in units of what it was at first: their sizes differ from block to block.
-            units = units or [loss.detach().clamp(min=_TINY) for loss in losses]
-            weights = (1.0, settings.feature)[: len(losses)]
-            total = torch.stack([w * loss / unit for w, loss, unit in zip(weights, losses, units, strict=True)]).sum()
+                parts.append((ending.feature.float() - self._features[batch][chosen]).square().mean())
+            return parts
+
+        optimizer, schedule = _optimizer(tuned, settings)
+        weights: list[Tensor] = []
+        for step in range(settings.iterations):
+            batch, chosen = _draw(targets, settings.batch_size, generator)
+            entering = self.entering[batch][chosen]
+            dropped = torch.rand(entering.shape, generator=generator).to(device) < settings.drop
+            drawn = batch, chosen, torch.where(dropped, full[batch][chosen], entering)
+            if not weights:
+                # Each in units of what it is with all weights rounded: their sizes differ from block to block.
+                with torch.no_grad():
+                    tuned.apply(hard=True)
+                    units = losses(*drawn)
+                weights = [w / unit.clamp(min=_TINY) for w, unit in zip((1.0, settings.feature), units, strict=False)]
+            tuned.apply()
+            total = torch.stack([w * loss for w, loss in zip(weights, losses(*drawn), strict=True)]).sum()
+            pull = regulariser(tuned.roundings(), step / settings.iterations)
+            if pull is not None:
+                total = total + pull
             optimizer.zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -121,27 +132,50 @@ def _draw(targets: Sequence[Tensor], count: int, generator: torch.Generator) -> 
     return batch, torch.randperm(len(targets[batch]), generator=generator)[:count].to(targets[batch].device)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Tuned:
-    """What is tuned of a stage, in groups with a learning rate each, and the layers whose weights it makes."""
+    """What is tuned of a stage: the weights of layers, the logarithms of scales, and other parameters as they are."""
 
-    weights: list[nn.Parameter]
+    layers: list[tuple[QuantizedLayer, _StraightThrough | AdaptiveRounding]]
     scales: list[nn.Parameter]
     others: list[nn.Parameter]
-    layers: list[tuple[QuantizedLayer, nn.Parameter, _LearnedGrid]]
 
-    def apply(self) -> None:
-        """Give every layer its weights as they are now, rounded, with a gradient."""
-        for layer, weight, grid in self.layers:
-            layer.weight = grid(weight)
+    def roundings(self) -> list[AdaptiveRounding]:
+        """Of the layers where it is learned."""
+        return [weight for _, weight in self.layers if isinstance(weight, AdaptiveRounding)]
+
+    def apply(self, *, hard: bool = False) -> None:
+        """Give every layer its weights as they are now, with a gradient; hard: as they would be left now."""
+        for layer, weight in self.layers:
+            layer.weight = weight.hard() if hard else weight.soft()
+
+
+def _optimizer(tuned: _Tuned, settings: Reconstruction) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Adam, its rates along half a cosine; that of AdaRound stays, for its regulariser does the most at the end."""
+
+    def cosine(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
+
+    adaround = settings.rounding == "adaround"
+    rate = settings.rounding_rate if adaround else settings.weight_rate
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [weight.parameter for _, weight in tuned.layers], "lr": rate},
+            {"params": tuned.scales, "lr": settings.scale_rate},
+            {"params": tuned.others, "lr": settings.bias_rate},
+        ]
+    )
+    return optimizer, LambdaLR(optimizer, [(lambda _: 1.0) if adaround else cosine, cosine, cosine])
 
 
 @contextmanager
-def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor]) -> Iterator[_Tuned]:
+def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor], settings: Reconstruction) -> Iterator[_Tuned]:
     """Open a quantized module for tuning; on leaving, its quantizers and integers are those of what was found."""
     # Before the grids take their slots, which have parameters too.
-    tuned = _Tuned([], [], list(module.parameters()), [])
-    grids: list[tuple[nn.Module, str, UniformQuantizer, _LearnedGrid]] = []
+    others = list(module.parameters())
+    layers: list[tuple[QuantizedLayer, _StraightThrough | AdaptiveRounding]] = []
+    grids: list[_LearnedGrid] = []
+    replaced: list[tuple[nn.Module, str, UniformQuantizer]] = []
     slots = ("input", "output", "q", "k", "v", "scores", "softmax")
     for part in list(module.modules()):
         if isinstance(part, QuantizedLayer) and isinstance(part.weight_quantizer, UniformQuantizer):
@@ -149,31 +183,53 @@ def _tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor]) -> Itera
             # Where the exact weight rounds to another integer than the compensated one, just inside that one's cell.
             half = 0.499 * grid.step(part.weight)
             start = part.weight + (exact[part] - part.weight).clamp(-half, half)
-            weight = nn.Parameter(start)
-            tuned.layers.append((part, weight, grid))
-            tuned.weights.append(weight)
-            tuned.scales.append(grid.log_scale)
+            if settings.rounding == "adaround":
+                layers.append((part, AdaptiveRounding(start, part.weight_quantizer)))
+            else:
+                layers.append((part, _StraightThrough(start, grid)))
+                grids.append(grid)
         if isinstance(part, QuantizedLayer | AttentionSlots):
             for slot in slots:
                 quantizer = getattr(part, slot, None)
                 if isinstance(quantizer, UniformQuantizer):
                     grid = _LearnedGrid(quantizer)
-                    grids.append((part, slot, quantizer, grid))
+                    grids.append(grid)
+                    replaced.append((part, slot, quantizer))
                     setattr(part, slot, grid)
-                    tuned.scales.append(grid.log_scale)
-    for parameter in tuned.others:
+    for parameter in others:
         parameter.requires_grad_(True)
-    yield tuned
+    yield _Tuned(layers, [grid.log_scale for grid in grids], others)
     with torch.no_grad():
-        for part, slot, quantizer, grid in grids:
+        for grid in grids:
             grid.hand_over()
+        for part, slot, quantizer in replaced:
             setattr(part, slot, quantizer)
-        for layer, weight, grid in tuned.layers:
-            grid.hand_over()
+        for layer, weight in layers:
             assert layer.weight_quantizer is not None
-            layer.set_integers(layer.weight_quantizer, layer.weight_quantizer.quantize(weight))
-    for parameter in tuned.others:
+            layer.set_integers(layer.weight_quantizer, layer.weight_quantizer.quantize(weight.hard()))
+    for parameter in others:
         parameter.requires_grad_(False)
+
+
+class _StraightThrough:
+    """The weights of a layer, rounded to the nearest integer of a grid that is tuned with them.
+
+    parameter: the weights in units of the mean step, so that one rate serves layers of any size.
+    """
+
+    def __init__(self, weight: Tensor, grid: _LearnedGrid) -> None:
+        self._unit = grid.step(weight).detach().mean()
+        self.parameter = nn.Parameter(weight / self._unit)
+        self._grid = grid
+
+    def soft(self) -> Tensor:
+        """The weights as they are now, with a gradient."""
+        return self.hard()
+
+    def hard(self) -> Tensor:
+        """The weights on their grid, which they always are."""
+        weight: Tensor = self._grid(self.parameter * self._unit)
+        return weight
 
 
 class _LearnedGrid(nn.Module):

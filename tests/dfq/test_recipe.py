@@ -179,7 +179,7 @@ ALGORITHMS = {
     "reparametrize": "full",
     "range_search": {"error": "output", "operands": "activations", "rounds": 2, "images": 7},
     "compensation": {"evenness": 0.25, "damping": [0.01, 1.0]},
-    "reconstruction": {"iterations": 5, "batch_size": 3, "weight_rate": 1e-4, "drop": 0.0},
+    "reconstruction": {"rounding": "adaround", "iterations": 5, "batch_size": 3, "weight_rate": 1e-4, "drop": 0.0},
 }
 
 
@@ -188,7 +188,8 @@ def test_algorithms_and_their_settings() -> None:
     assert (recipe.num_images, recipe.softmax, recipe.rotate, recipe.reparametrize) == (48, "deferred", "heads", "full")
     assert recipe.range_search == OutputSearch(error="output", operands="activations", rounds=2, images=7)
     assert recipe.compensation == Compensation(evenness=0.25, damping=(0.01, 1.0))
-    assert recipe.reconstruction == Reconstruction(iterations=5, batch_size=3, weight_rate=1e-4, drop=0.0)
+    tuned = Reconstruction(rounding="adaround", iterations=5, batch_size=3, weight_rate=1e-4, drop=0.0)
+    assert recipe.reconstruction == tuned
     assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict())), name="x", where="y") == recipe
 
 
@@ -227,6 +228,12 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
         ({"compensation": {"evenness": 1.5}}, r"compensation: evenness must be a number from 0\.0 to 1\.0, not 1\.5"),
         ({"compensation": {"damping": []}}, r"damping must be a number from .* not \[\]"),
         ({"compensation": {"damping": [0.1, "a"]}}, r"damping must be a number from .* not \[0\.1, 'a'\]"),
+        (
+            {"reconstruction": {"rounding": "nearest"}},
+            "reconstruction: rounding must be one of 'ste', 'adaround', not 'nearest'",
+        ),
+        ({"reconstruction": {"rounding": True}}, "rounding must be one of 'ste', 'adaround', not True"),
+        ({"reconstruction": {"rounding_rate": "fast"}}, r"rounding_rate must be a number from .* not 'fast'"),
         ({"reconstruction": {"drop": [0.5]}}, r"drop must be a number from .* not \[0\.5\]"),
         ({"activations": {"outliers": 0.5}}, "outliers must be a number from .* not 0.5"),
         ({"weights": {"outliers": 20}}, "weights: outliers are kept apart in activations, not in weights"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dfq
 from calibration import Plan
 from calibration.calibration_set import CalibrationSet
+from dfq.ptq import engine
 from dfq.recipe import load_recipe, preset_names
 
 NOISE = ("--method", "gaussian", "-n", "8", "--device", "cpu")
@@ -189,6 +191,52 @@ def test_a_recipe_says_how_many_real_images_too(status: Callable[..., int], digi
     command = ("quantize", "reference", "--recipe", recipe, "--calibration-images", digits, "--device", "cpu")
     assert status(*command, "--out", tmp_path / "out", "--quiet") == 0
     assert len(dfq.load(tmp_path / "out").calibration["run"]["files"]) == 5
+
+
+def test_a_stopped_reconstruction_goes_on(
+    status: Callable[..., int],
+    files_below: Callable[[Path], Files],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = tmp_path / "tuned.toml"
+    recipe.write_text("[reconstruction]\niterations = 2\nbatch_size = 4\n")
+    command = ("quantize", "reference", *NOISE, "--bits", "w4a8", "--recipe", recipe, "--out")
+    assert status(*command, tmp_path / "at-once", "--quiet") == 0
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        place, begun = engine.place_sites, []
+
+        def stopped_in_the_fourth(*arguments: Any) -> None:
+            begun.append(arguments)
+            if len(begun) == 4:
+                raise KeyboardInterrupt
+            place(*arguments)
+
+        patched.setattr(engine, "place_sites", stopped_in_the_fourth)
+        assert status(*command, out) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"calibration", "stages.partial"}
+    assert status(*command, out) == 0
+    assert f"going on after 3 of 6 stages, from {out / 'stages.partial'}" in capsys.readouterr().err
+    assert files_below(out) == files_below(tmp_path / "at-once")
+
+
+def test_without_reconstruction_stages_are_not_kept(
+    status: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path | None] = []
+    quantize = engine.quantize
+
+    def seen(*arguments: Any, resume: Path | None, **options: Any) -> Any:
+        asked.append(resume)
+        return quantize(*arguments, **options)
+
+    monkeypatch.setattr(dfq, "quantize", seen, raising=False)
+    assert status("quantize", "reference", *NOISE, "--recipe", "paper", "--out", tmp_path / "out", "--quiet") == 0
+    assert asked == [None]
 
 
 def test_list(status: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.models import Model
-from dfq.ptq.modules import QuantizedLayer
-from dfq.ptq.reconstruct import _LearnedRounding
-from dfq.recipe import Reconstruction, load_recipe
-from quantizers import UniformQuantizer
+from dfq.ptq.modules import QuantizedLayer, QuantizedLinear
+from dfq.ptq.reconstruct import Reconstructor, _LearnedRounding
+from dfq.ptq.stages import Stage
+from dfq.recipe import Reconstruction, Rounding, load_recipe
+from quantizers import PerAxis, UniformQuantizer
 
-BASE = replace(load_recipe("accurate"), num_images=8)
-SETTINGS = Reconstruction(iterations=30, batch_size=8, weight_rate=3e-3, scale_rate=3e-3, bias_rate=3e-3)
+# Of a network this small rotations and compensation leave little to be tuned.
+BASE = replace(load_recipe("accurate"), num_images=8, rotate=None, compensation=None)
+SETTINGS = Reconstruction(iterations=40, batch_size=8, weight_rate=2e-2, scale_rate=3e-3, bias_rate=3e-3)
 
 
 def logits_error(model: Model, images: CalibrationSet, reconstruction: Reconstruction | None, bits: str) -> float:
@@ -28,18 +32,32 @@ def logits_error(model: Model, images: CalibrationSet, reconstruction: Reconstru
     return float((quantized(pixels) - model(pixels)).square().mean())
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient": 0.5}, {"feature": 1.0}, {"drop": 0.0}, {"drop": 1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient": 0.5},
+        {"feature": 1.0},
+        {"drop": 0.0},
+        {"drop": 1.0},
+        {"rounding": "adaround", "rounding_rate": 0.1, "iterations": 100},
+    ],
+)
 def test_reconstruction_brings_the_logits_nearer(
-    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], changes: dict[str, float]
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], changes: dict[str, Any]
 ) -> None:
     model, images = tiny(), images_for(8)
     before = logits_error(model, images, None, "w3a4")
     assert logits_error(model, images, replace(SETTINGS, **changes), "w3a4") < 0.95 * before
 
 
-def test_nothing_moves_at_rates_of_zero(tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]) -> None:
+@pytest.mark.parametrize("rounding", ["ste", "adaround"])
+def test_nothing_moves_at_rates_of_zero(
+    rounding: Rounding, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
     model, images = tiny(), images_for(8)
-    still = replace(SETTINGS, iterations=2, weight_rate=0.0, scale_rate=0.0, bias_rate=0.0)
+    rates = {"weight_rate": 0.0, "rounding_rate": 0.0, "scale_rate": 0.0, "bias_rate": 0.0}
+    still = replace(SETTINGS, rounding=rounding, iterations=2, **rates)
     plain, tuned = (
         dfq.quantize(model, "w4a4", calibration=images, recipe=replace(BASE, reconstruction=how), progress=False)
         for how in (None, still)
@@ -48,11 +66,12 @@ def test_nothing_moves_at_rates_of_zero(tiny: Callable[..., Model], images_for: 
         torch.testing.assert_close(tuned.tensors()[name], tensor, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("rounding", ["ste", "adaround"])
 def test_what_was_tuned_is_on_its_grids_saved_and_the_same_again(
-    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], tmp_path: Path
+    rounding: Rounding, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], tmp_path: Path
 ) -> None:
     model, images = tiny(), images_for(8)
-    recipe = replace(BASE, reconstruction=replace(SETTINGS, iterations=5))
+    recipe = replace(BASE, reconstruction=replace(SETTINGS, rounding=rounding, iterations=5))
     first, second = (dfq.quantize(model, "w4a4", calibration=images, recipe=recipe, progress=False) for _ in range(2))
     for layer in first.module.modules():
         if isinstance(layer, QuantizedLayer):
@@ -89,6 +108,51 @@ def test_swin_is_reconstructed_too(tiny_swin: Callable[..., Model], images_for: 
     for block in ("layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0"):
         assert any(name.startswith(block) for name in moved)
     assert not any(name.startswith(("patch_embed", "head", "norm")) for name in moved)
+
+
+@pytest.fixture
+def correlated() -> tuple[torch.Tensor, torch.Tensor, UniformQuantizer]:
+    """Inputs [64, 16, 24] of which a few directions hold the most, weights [32, 24], and their grid of 3 bits."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(24, 24, generator=generator) * torch.logspace(0, -1.5, 24).unsqueeze(1)
+    inputs = torch.randn(64, 16, 24, generator=generator) @ mix
+    weights = torch.randn(32, 24, generator=generator)
+    return inputs, weights, UniformQuantizer(3, symmetric=False, granularity=PerAxis(0)).fit(weights)
+
+
+@torch.no_grad()
+def test_adaround_beats_rounding_to_nearest_by_rounding_up_or_down(
+    correlated: tuple[torch.Tensor, torch.Tensor, UniformQuantizer],
+) -> None:
+    inputs, weights, quantizer = correlated
+    linear = nn.Linear(24, 32, bias=False)
+    linear.weight.copy_(weights)
+    layer = QuantizedLinear(linear)
+    module, scale = nn.Sequential(layer), quantizer.tensors()["scale"]
+    stage, exact, seen, unseen = (
+        Stage("layer", module, module, ("0.",)),
+        {layer: layer.weight},
+        inputs[:32],
+        inputs[32:],
+    )
+    nearest = quantizer.quantize(weights)
+    layer.set_integers(quantizer, nearest)
+
+    def error(x: torch.Tensor) -> float:
+        return float((layer(x) - x @ weights.T).square().mean())
+
+    before, before_unseen = error(seen), error(unseen)
+    settings = Reconstruction(rounding="adaround", iterations=150, rounding_rate=0.1, drop=0.0)
+    reconstructor = Reconstructor(module, settings, [seen], module, {})
+    reconstructor.tune(stage, exact, [seen], [seen @ weights.T], module)
+    assert error(seen) < 0.6 * before
+    assert error(unseen) < 0.6 * before_unseen
+    assert torch.equal(quantizer.tensors()["scale"], scale)
+    assert layer.integers is not None
+    steps = weights / scale.unsqueeze(1) + quantizer.tensors()["zero_point"].unsqueeze(1)
+    low, high = (end.clamp(quantizer.qmin, quantizer.qmax) for end in (steps.floor(), steps.floor() + 1))
+    assert bool(((layer.integers == low) | (layer.integers == high)).all())
+    assert 0.05 < float((layer.integers != nearest).float().mean()) < 0.5
 
 
 def test_the_gradients_of_rounding_by_hand() -> None:
