@@ -175,10 +175,10 @@ class Reconstruction:
 
     rounding: ste, weights and their scales are tuned straight through the rounding to nearest; adaround, it is learned
     of each weight whether it is rounded up or down, and their scales stay; iterations: steps per block; batch_size:
-    images per step; rates: Adam's learning rate of weights in units of the layer's mean step, of what AdaRound learns in
-    place of them, of the logarithm of scales, of biases and norms; drop: share of activations that enter a block in full precision (QDrop); gradient:
-    each token counts by its squared output gradient to this power; feature: weight of the error at the end of the
-    network beside that of the block, 0: only the block is looked at.
+    images per step; rates: Adam's learning rate of weights, in units of the layer's mean step, of what AdaRound learns
+    in place of them, of the logarithm of scales, of biases and norms; drop: share of activations that enter a block in
+    full precision (QDrop); gradient: each token counts by its squared output gradient to this power; feature: weight of
+    the error at the end of the network beside that of the block, 0: only the block is looked at.
     """
 
     rounding: Rounding = "ste"
