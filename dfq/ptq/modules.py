@@ -91,6 +91,11 @@ class AttentionSlots(nn.Module):
         self.scores: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Identity()
 
+    @property
+    def projects_what_is_mixed(self) -> bool:
+        """Whether the projection takes the mixed values as they are: no norm and no gate comes between."""
+        return isinstance(getattr(self, "norm", nn.Identity()), nn.Identity) and getattr(self, "gate", None) is None
+
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """qkv: [B, N, 3 heads D] -> q, k, v: [B, heads, N, D]."""
         batch, length, _ = qkv.shape

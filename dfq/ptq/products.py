@@ -60,9 +60,7 @@ def stage_products(network: nn.Module, stage: Stage) -> Iterator[Product]:
             yield Product(f"{path}.q", f"{path}.k", None, f"{path}.scores", _unchanged, _unchanged)
             if module.deferred:
                 continue  # What becomes of the product hangs on the sum of the exponentials as well.
-            # A norm or a gate comes before what enters the projection.
-            plain = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
-            mixed = f"{path}.proj.input" if plain and getattr(module, "gate", None) is None else None
+            mixed = f"{path}.proj.input" if module.projects_what_is_mixed else None
             heads = partial(_split_heads, num_heads=module.num_heads)
             yield Product(f"{path}.softmax", f"{path}.v", None, mixed, _unchanged, heads, transpose_right=False)
 

@@ -64,7 +64,7 @@ def exchanges(path: str, stage: nn.Module) -> Iterator[Exchange]:
     if isinstance(stage, QuantizedBlock | QuantizedSwinBlock):
         attention, mlp = blocks.attn, blocks.mlp
         gate = getattr(attention, "gate", None)
-        if _is_affine(blocks.norm1) and (gate is None or isinstance(gate, QuantizedLinear)):
+        if is_affine(blocks.norm1) and (gate is None or isinstance(gate, QuantizedLinear)):
             takers = {f"{path}.attn.qkv": attention.qkv}
             if gate is not None:
                 takers[f"{path}.attn.gate"] = gate
@@ -75,15 +75,16 @@ def exchanges(path: str, stage: nn.Module) -> Iterator[Exchange]:
         )
         if plain:
             yield Exchange(f"{path}.attn.proj.input", {f"{path}.attn.proj": attention.proj}, values=attention.qkv)
-        if _is_affine(blocks.norm2) and isinstance(mlp.fc1, QuantizedLinear):
+        if is_affine(blocks.norm2) and isinstance(mlp.fc1, QuantizedLinear):
             yield Exchange(f"{path}.mlp.fc1.input", {f"{path}.mlp.fc1": mlp.fc1}, norm=blocks.norm2, takes_offset=True)
-    elif isinstance(stage, QuantizedPatchMerging) and _is_affine(stage.norm):
+    elif isinstance(stage, QuantizedPatchMerging) and is_affine(stage.norm):
         yield Exchange(
             f"{path}.reduction.input", {f"{path}.reduction": blocks.reduction}, norm=blocks.norm, takes_offset=True
         )
 
 
-def _is_affine(norm: nn.Module) -> bool:
+def is_affine(norm: nn.Module) -> bool:
+    """Whether it is a LayerNorm with a scale and an offset of its own."""
     return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 

@@ -22,6 +22,7 @@ from dfq.ptq.modules import (
     QuantizedLinear,
     QuantizedWindowAttention,
 )
+from dfq.ptq.reparametrize import is_affine
 from dfq.recipe import Rotation
 
 
@@ -45,16 +46,15 @@ def _rotate_heads(attention: QuantizedAttention | QuantizedWindowAttention, gene
     """Scores take q k^T, in which a rotation of both cancels, the projection takes v, mixed over tokens only."""
     qkv, heads = attention.qkv, attention.num_heads
     width = qkv.weight.shape[0] // (3 * heads)
-    plain_scores, plain_values = True, True
+    plain_scores = True
     if isinstance(attention, QuantizedAttention):
         plain_scores = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
-        plain_values = isinstance(attention.norm, nn.Identity) and attention.gate is None
     same = torch.eye(width, dtype=torch.float64, device=qkv.weight.device)
     for head in range(heads):
         # Drawn whether used or not: what one layer cannot take changes nothing for the others.
         drawn = [rotation(width, generator).to(same.device) for _ in range(2)]
         scores = drawn[0] if plain_scores else same
-        values = drawn[1] if plain_values else same
+        values = drawn[1] if attention.projects_what_is_mixed else same
         for part, turn in enumerate((scores, scores, values)):
             start = (part * heads + head) * width
             _rotate_outputs(qkv, turn, slice(start, start + width))
@@ -97,7 +97,7 @@ class _Stream:
             all(isinstance(module, nn.Identity) for module in in_between)
             and all(isinstance(layer, QuantizedLayer) for layer, _ in givers)
             and all(scale is None or isinstance(scale, LayerScale) for _, scale in givers)
-            and all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm, _ in readers)
+            and all(is_affine(norm) for norm, _ in readers)
             and all(isinstance(linear, QuantizedLinear) for _, takers in readers for linear in takers)
         ):
             return None

@@ -72,6 +72,18 @@ def test_the_function_of_a_vit_stays(kind: str, which: Any, tiny: Callable[..., 
     assert bool(moved) == (which == "full" and whole)
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_norm_without_scale_or_offset_leaves_the_stream_as_it_is(part: str, tiny: Callable[..., Model]) -> None:
+    module = randomized(tiny().module)
+    setattr(module.blocks[0].norm1, part, None)
+    x = randn(3, 3, 32, 32)
+    before, stream = module(x), passing(module, STREAM, x)
+    adapted = adapt(module)
+    rotate(adapted, "full")
+    torch.testing.assert_close(adapted(x), before, rtol=1e-3, atol=1e-3 * before.abs().max().item())
+    torch.testing.assert_close(passing(adapted, STREAM, x), stream)
+
+
 @pytest.mark.skipif(not hasattr(Attention(8), "gate"), reason="this timm has no gated attention")
 def test_a_gate_reads_the_stream_too(tiny: Callable[..., Model]) -> None:
     module = tiny().module
