@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,13 @@ def main() -> None:
     lines = read_lines(arguments.results)
     if shown(arguments, lines, to_markdown, with_tables):
         return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    for entry in arguments.model:
-        name, _, checkpoint = entry.partition("=")
-        wanted = [
-            {"model": name, "source": source, "recipe": recipe, "bits": bits, "seed": arguments.seed}
-            for source in arguments.sources
-            for bits in arguments.bits
-            for recipe in arguments.recipes
-        ]
-        missing = cells_missing(wanted, lines, KEY)
-        if not missing:
-            continue
-        model = dfq.load_model(name, checkpoint=checkpoint or None)
+    wanted = [
+        {"source": source, "recipe": recipe, "bits": bits, "seed": arguments.seed}
+        for source in arguments.sources
+        for bits in arguments.bits
+        for recipe in arguments.recipes
+    ]
+    for name, model, missing in unfinished(arguments, wanted, lines, KEY):
         if arguments.generate_only:
             for cell in missing:
                 _, made = calibration_set(cell, model, arguments)
@@ -207,12 +200,22 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores{gpu}"
 
 
-def cells_missing(
-    wanted: list[dict[str, Any]], lines: list[dict[str, Any]], key: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Those cells that no line has; cells with one key are the same."""
+def unfinished(
+    arguments: argparse.Namespace, wanted: list[dict[str, Any]], lines: list[dict[str, Any]], key: tuple[str, ...]
+) -> Iterator[tuple[str, dfq.Model, list[dict[str, Any]]]]:
+    """The models of --model that lack some of the cells `wanted` of each: name, model, those that no line has.
+
+    Cells with one key, of which the model is a part, are the same. PyTorch gets --threads.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     done = {tuple(line[part] for part in key) for line in lines}
-    return [cell for cell in wanted if tuple(cell[part] for part in key) not in done]
+    for entry in arguments.model:
+        name, _, checkpoint = entry.partition("=")
+        cells = [{"model": name} | cell for cell in wanted]
+        missing = [cell for cell in cells if tuple(cell[part] for part in key) not in done]
+        if missing:
+            yield name, dfq.load_model(name, checkpoint=checkpoint or None), missing
 
 
 def shown(

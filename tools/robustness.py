@@ -31,13 +31,13 @@ from accuracy_table import (
     between_marks,
     calibration_set,
     calibration_text,
-    cells_missing,
     load_images,
     logits_of,
     machine,
     parsed,
     read_lines,
     shown,
+    unfinished,
 )
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -55,20 +55,13 @@ def main() -> None:
     lines = read_lines(arguments.results)
     if shown(arguments, lines, to_markdown, with_tables):
         return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    for entry in arguments.model:
-        name, _, checkpoint = entry.partition("=")
-        common = {"seed": arguments.seed, "channels": arguments.channels, "factor": arguments.factor}
-        wanted = [
-            {"model": name, "source": arguments.source, "recipe": recipe, "bits": bits} | common
-            for recipe in arguments.recipes
-            for bits in arguments.bits
-        ]
-        missing = cells_missing(wanted, lines, KEY)
-        if not missing:
-            continue
-        model = dfq.load_model(name, checkpoint=checkpoint or None)
+    common = {"seed": arguments.seed, "channels": arguments.channels, "factor": arguments.factor}
+    wanted = [
+        {"source": arguments.source, "recipe": recipe, "bits": bits} | common
+        for recipe in arguments.recipes
+        for bits in arguments.bits
+    ]
+    for name, model, missing in unfinished(arguments, wanted, lines, KEY):
         images, labels = load_images(arguments.images, model, arguments.limit)
         pair = Pair(model, images, labels, arguments.channels, arguments.factor, arguments.seed)
         for cell in missing:

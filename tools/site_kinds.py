@@ -24,11 +24,11 @@ from accuracy_table import (
     between_marks,
     calibration_set,
     calibration_text,
-    cells_missing,
     machine,
     parsed,
     read_lines,
     shown,
+    unfinished,
 )
 from torch import Tensor
 
@@ -95,20 +95,13 @@ def measure(
     lines = read_lines(arguments.results)
     if shown(arguments, lines, to_markdown, with_tables):
         return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    for entry in arguments.model:
-        name, _, checkpoint = entry.partition("=")
-        common = {"model": name, "source": arguments.source, "seed": arguments.seed, "recipe": DEFAULT_RECIPE}
-        wanted = [
-            common | {"bits": bits, "kind": kind, "setting": setting}
-            for bits in arguments.bits
-            for kind, setting in recipes
-        ]
-        missing = cells_missing(wanted, lines, KEY)
-        if not missing:
-            continue
-        model = dfq.load_model(name, checkpoint=checkpoint or None)
+    common = {"source": arguments.source, "seed": arguments.seed, "recipe": DEFAULT_RECIPE}
+    wanted = [
+        common | {"bits": bits, "kind": kind, "setting": setting}
+        for bits in arguments.bits
+        for kind, setting in recipes
+    ]
+    for name, model, missing in unfinished(arguments, wanted, lines, KEY):
         images = dfq.real_images(model, arguments.images, arguments.limit, seed=arguments.seed)
         reference = logits_of(model, images)
         calibration, made = calibration_set(missing[0], model, arguments)
