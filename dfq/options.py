@@ -44,12 +44,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "dfq quantize vit_tiny_patch16_224 --checkpoint vit.safetensors --bits w4a8 --out vit-w4a8",
     )
     _model_options(quantize)
-    quantize.add_argument(
-        "--bits", default="w8a8", metavar="wXaY", help="bits of weights and activations (%(default)s)"
-    )
-    quantize.add_argument(
-        "--recipe", default="fast", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
-    )
+    _bits_and_recipe(quantize, "w8a8")
     source = quantize.add_mutually_exclusive_group()
     source.add_argument("--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made")
     source.add_argument(
@@ -70,12 +65,7 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "dfq sensitivity vit_tiny_patch16_224 --checkpoint vit.safetensors --target-size 70% --out mixed.toml",
     )
     _model_options(sensitivity)
-    sensitivity.add_argument(
-        "--bits", default="w4a4", metavar="wXaY", help="bits of weights and activations (%(default)s)"
-    )
-    sensitivity.add_argument(
-        "--recipe", default="fast", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
-    )
+    _bits_and_recipe(sensitivity, "w4a4")
     sensitivity.add_argument(
         "--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made; its first -n images are used"
     )
@@ -146,6 +136,13 @@ def _command(commands: Any, name: str, function: Command, summary: str, example:
     command.add_argument("--quiet", action="store_true", help="results and errors only")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command
+
+
+def _bits_and_recipe(parser: argparse.ArgumentParser, bits: str) -> None:
+    parser.add_argument("--bits", default=bits, metavar="wXaY", help="bits of weights and activations (%(default)s)")
+    parser.add_argument(
+        "--recipe", default="fast", metavar="NAME|FILE.toml", help="how; see `dfq list recipes` (%(default)s)"
+    )
 
 
 def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> None:
