@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dfq.evaluation import Evaluation, evaluate
     from dfq.generation import generate, real_images
     from dfq.models import Model, load_model
+    from dfq.onnx_export import Export, export
     from dfq.preprocessing import Preprocessing
     from dfq.ptq.engine import QuantizedModel, quantize
     from dfq.ptq.mixed_precision import MixedPrecision, mixed_precision
@@ -35,6 +36,7 @@ _HOMES = {
     "CalibrationSet": "calibration",
     "DfqError": "dfq.errors",
     "Evaluation": "dfq.evaluation",
+    "Export": "dfq.onnx_export",
     "MixedPrecision": "dfq.ptq.mixed_precision",
     "Model": "dfq.models",
     "Preprocessing": "dfq.preprocessing",
@@ -42,6 +44,7 @@ _HOMES = {
     "Recipe": "dfq.recipe",
     "Sensitivity": "dfq.ptq.sensitivity",
     "evaluate": "dfq.evaluation",
+    "export": "dfq.onnx_export",
     "generate": "dfq.generation",
     "load": "dfq.checkpoint",
     "load_calibration_set": "calibration",
@@ -58,6 +61,7 @@ __all__ = [
     "CalibrationSet",
     "DfqError",
     "Evaluation",
+    "Export",
     "MixedPrecision",
     "Model",
     "Preprocessing",
@@ -66,6 +70,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "evaluate",
+    "export",
     "generate",
     "load",
     "load_calibration_set",

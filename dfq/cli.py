@@ -244,6 +244,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    import dfq
+    from dfq.errors import UsageError
+
+    _check_files(arguments, {"out": ".onnx" if arguments.format == "onnx" else ".safetensors"})
+    if arguments.out.exists() and not arguments.overwrite:
+        raise UsageError(f"{arguments.out} is there already; choose another --out or give --overwrite")
+    quantized = dfq.load(arguments.model, device="cpu")
+    if arguments.format == "torch":
+        dfq.export_state_dict(quantized, arguments.out)
+        print(f"kept in {arguments.out}; for timm.create_model({quantized.origin.architecture!r})")
+        return
+    exported = dfq.export(quantized, arguments.out, opset=arguments.opset, int4=not arguments.int8_weights)
+    print(exported.describe())
+    print(f"measure it with: dfq evaluate {arguments.out} --data-dir IMAGES --baseline; dfq bench {arguments.out}")
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from dfq.demo import demo
 
@@ -390,6 +407,7 @@ _COMMANDS = {
     "quantize": _quantize,
     "sensitivity": _sensitivity,
     "evaluate": _evaluate,
+    "export": _export,
     "list": _list,
     "demo": _demo,
 }

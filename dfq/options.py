@@ -109,6 +109,27 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most so many images, evenly spaced")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
+    export = _command(
+        commands,
+        "export",
+        functions["export"],
+        "write a quantized model as ONNX, with integers in it, for other runtimes",
+        "dfq export vit-w8a8 --out vit.onnx",
+    )
+    export.add_argument("model", type=Path, metavar="DIR", help="a folder that `dfq quantize` made")
+    export.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="to write: .onnx or .safetensors")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "torch"),
+        default="onnx",
+        help="onnx, or torch: rounded weights in float32, under timm's names, as safetensors (%(default)s)",
+    )
+    export.add_argument("--opset", type=int, default=21, metavar="N", help="of ONNX, 21 to 23 (%(default)s)")
+    export.add_argument(
+        "--int8-weights", action="store_true", help="a byte for each weight of 4 bits or fewer, instead of half a byte"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+
     listing = _command(commands, "list", functions["list"], "say what there is", "dfq list methods")
     listing.add_argument("what", choices=("models", "methods", "recipes"))
     listing.add_argument(

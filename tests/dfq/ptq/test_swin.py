@@ -222,7 +222,7 @@ def test_a_pattern_for_a_vit_alone_is_refused_with_the_nearest_site(tiny_swin: C
         plan_sites(adapt(tiny_swin().module), recipe, Bits(4, 8))
 
 
-@pytest.mark.parametrize("recipe", ["fast", "paper", "ptq4vit", "repq"])
+@pytest.mark.parametrize("recipe", ["deploy", "fast", "paper", "ptq4vit", "repq"])
 def test_a_quantized_swin_comes_back_bit_for_bit(
     recipe: str, tiny_swin: Callable[..., Model], pictures: Callable[..., CalibrationSet], tmp_path: Path
 ) -> None:
