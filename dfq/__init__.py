@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dfq.ptq.mixed_precision import MixedPrecision, mixed_precision
     from dfq.ptq.sensitivity import Sensitivity, sensitivity
     from dfq.recipe import Recipe, load_recipe
+    from dfq.runtime import RuntimeModel, integer_products, open_model
 
 __version__ = "0.1.0"
 
@@ -42,15 +43,18 @@ _HOMES = {
     "Preprocessing": "dfq.preprocessing",
     "QuantizedModel": "dfq.ptq.engine",
     "Recipe": "dfq.recipe",
+    "RuntimeModel": "dfq.runtime",
     "Sensitivity": "dfq.ptq.sensitivity",
     "evaluate": "dfq.evaluation",
     "export": "dfq.onnx_export",
     "generate": "dfq.generation",
+    "integer_products": "dfq.runtime",
     "load": "dfq.checkpoint",
     "load_calibration_set": "calibration",
     "load_model": "dfq.models",
     "load_recipe": "dfq.recipe",
     "mixed_precision": "dfq.ptq.mixed_precision",
+    "open_model": "dfq.runtime",
     "quantize": "dfq.ptq.engine",
     "real_images": "dfq.generation",
     "save": "dfq.checkpoint",
@@ -67,16 +71,19 @@ __all__ = [
     "Preprocessing",
     "QuantizedModel",
     "Recipe",
+    "RuntimeModel",
     "Sensitivity",
     "__version__",
     "evaluate",
     "export",
     "generate",
+    "integer_products",
     "load",
     "load_calibration_set",
     "load_model",
     "load_recipe",
     "mixed_precision",
+    "open_model",
     "quantize",
     "real_images",
     "save",

@@ -191,17 +191,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dfq.datasets import image_folder, reference_digits, timm_dataset
     from dfq.errors import DfqError, UsageError
     from dfq.models import REFERENCE
+    from dfq.runtime import RUNTIMES, is_onnx_file
 
     target = arguments.model
     baseline = None
     model: Any
     _check_files(arguments, {"json": ""})
-    if is_quantized_model(target):
+    exported = is_onnx_file(target)
+    complete = exported or is_quantized_model(target)
+    if arguments.runtime is not None and not exported:
+        raise UsageError(f"--runtime is for an exported model, and {target} is no .onnx file")
+    if complete:
         given = [name for name in _MODEL_CHANGES if getattr(arguments, name) not in (None, False)]
         if given:
+            kind = "an exported" if exported else "a quantized"
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UsageError(f"{target} is a quantized model and keeps its own preprocessing; leave out {options}")
-        model = dfq.load(target, device=arguments.device)
+            raise UsageError(f"{target} is {kind} model and keeps its own preprocessing; leave out {options}")
+        if exported:
+            model = dfq.open_model(target, arguments.runtime or RUNTIMES[0])
+        else:
+            model = dfq.load(target, device=arguments.device)
         if arguments.baseline or arguments.max_drop is not None:
             baseline = _baseline_of(model, arguments)
     elif Path(target).is_dir():
@@ -228,10 +237,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         device=arguments.device,
         limit=arguments.limit,
-        seed=getattr(model, "calibration", {}).get("run", {}).get("seed"),
+        seed=model.seed if exported else getattr(model, "calibration", {}).get("run", {}).get("seed"),
         progress=not arguments.quiet,
     )
-    if is_quantized_model(target):
+    if complete:
         print(model.describe())
     print(result.table())
     if arguments.json is not None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dfq.datasets import Labelled, image_folder
 from dfq.errors import DfqError, UsageError
-from dfq.models import resolve_device
+from dfq.models import PYTORCH, resolve_device
 from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
 from dfq.versions import versions
 
@@ -31,18 +31,19 @@ _TOP_K = 5
 
 
 class Classifier(Labelled, Protocol):
-    """What is used of a model: `Model` and `QuantizedModel` both have it."""
+    """What is used of a model: `Model`, `QuantizedModel` and `RuntimeModel` have it."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def module(self) -> torch.nn.Module: ...
     @property
     def bits(self) -> str: ...
     @property
     def weight_bytes(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def runtime(self) -> str: ...
+    def to(self, device: torch.device, /) -> object: ...
     def __call__(self, images: Tensor, /) -> Tensor: ...
 
 
@@ -71,6 +72,8 @@ class Evaluation:
     model: str
     bits: str
     device: str
+    runtime: str
+    """What computed the model: `pytorch`, or where an exported one was opened."""
     seed: int | None
     num_images: int
     top1: float
@@ -92,6 +95,7 @@ class Evaluation:
             "model": self.model,
             "bits": self.bits,
             "device": self.device,
+            "runtime": self.runtime,
             "seed": self.seed,
             "num_images": self.num_images,
             "top1": self.top1,
@@ -133,7 +137,11 @@ class Evaluation:
                 ("agreement", f"{against.agreement:.2f} %", self._share_interval(against.agreement)),
                 ("logit SQNR", sqnr, ""),
             ]
-        passes = "forward passes" if self.bits == "fp32" else "fake-quantized forward passes"
+        passes = "forward passes"
+        if self.runtime != PYTORCH:
+            passes += f" in {self.runtime}"
+        elif self.bits != "fp32":
+            passes = f"fake-quantized {passes}"
         rows += [
             ("weights", f"{self.weight_bytes / 1e6:.2f} MB", ""),
             ("speed", f"{self.images_per_second:.1f} images/s", f"{passes} on {self.device}"),
@@ -250,6 +258,7 @@ class _Tally:
             model=self._model.name,
             bits=self._model.bits,
             device=str(device),
+            runtime=self._model.runtime,
             seed=seed,
             num_images=num_images,
             top1=100 * right / num_images,
@@ -257,7 +266,7 @@ class _Tally:
             top5=100 * self._sums["right5"] / num_images,
             images_per_second=sum(size for size, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9),
             weight_bytes=self._model.weight_bytes,
-            versions=versions(),
+            versions=versions(*(() if self._model.runtime == PYTORCH else (self._model.runtime,))),
             comparison=None if self._baseline is None else self._comparison(num_images),
         )
 
@@ -346,11 +355,11 @@ def _moved(model: Classifier | None, device: torch.device) -> Iterator[None]:
         yield
         return
     before = model.device
-    model.module.to(device)
+    model.to(device)
     try:
         yield
     finally:
-        model.module.to(before)
+        model.to(before)
 
 
 def _evenly_spaced(dataset: Dataset[Any], limit: int) -> Dataset[Any]:

@@ -28,6 +28,7 @@ from dfq.ptq.modules import understood_parts
 from dfq.weights import check_finite, fingerprint, load_into, read_weights
 
 REFERENCE = "reference"
+PYTORCH = "pytorch"
 _LOCAL_DIR = "local-dir:"
 _HUBS = ("hf-hub:", "hf_hub:", _LOCAL_DIR)
 # Modules of timm with models that can be inverted.
@@ -89,14 +90,21 @@ class Network:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Folder names of the classes, in the order of the logits, where they are known."""
-        if self.origin.architecture == REFERENCE:
-            return reference.CLASS_NAMES
-        return datasets.imagenet_wordnet_ids() if self.num_classes == 1000 else None
+        return class_names(self.origin, self.num_classes)
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.module.parameters()).device
         return device
+
+    def to(self, device: torch.device) -> None:
+        """Move the network there."""
+        self.module.to(device)
+
+    @property
+    def runtime(self) -> str:
+        """What computes it."""
+        return PYTORCH
 
 
 @dataclass
@@ -108,6 +116,13 @@ class Model(Network):
     @property
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+
+def class_names(origin: Origin, num_classes: int) -> tuple[str, ...] | None:
+    """Folder names of the classes of a model, in the order of its logits, where they are known."""
+    if origin.architecture == REFERENCE:
+        return reference.CLASS_NAMES
+    return datasets.imagenet_wordnet_ids() if num_classes == 1000 else None
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:

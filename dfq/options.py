@@ -13,6 +13,9 @@ from dfq import __version__
 
 Command = Callable[[argparse.Namespace], int | None]
 
+# Those of dfq.runtime, which is slow to import.
+_RUNTIMES = ("onnxruntime", "openvino")
+
 
 def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The parser of `dfq`; `functions` do the commands, by name."""
@@ -93,10 +96,13 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         commands,
         "evaluate",
         functions["evaluate"],
-        "measure the accuracy of a quantized model, or of a full-precision one",
+        "measure the accuracy of a quantized model, an exported or a full-precision one",
         "dfq evaluate vit-w4a8 --data-dir imagenet/val --baseline --max-drop 1",
     )
-    _model_options(evaluate, "a folder that `dfq quantize` made, or a model")
+    _model_options(evaluate, "a folder that `dfq quantize` made, an ONNX file that `dfq export` made, or a model")
+    evaluate.add_argument(
+        "--runtime", choices=_RUNTIMES, help=f"what an ONNX file runs in, on the CPU ({_RUNTIMES[0]})"
+    )
     evaluate.add_argument("--data-dir", type=Path, metavar="DIR", help="one folder of images per class")
     evaluate.add_argument("--dataset", metavar="NAME", help="a dataset as timm names it, such as torch/cifar10")
     evaluate.add_argument("--split", default="validation", help="of --dataset (%(default)s)")

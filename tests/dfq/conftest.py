@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 import dfq
 from calibration.calibration_set import CalibrationSet
@@ -62,3 +67,80 @@ def images_for() -> Callable[..., CalibrationSet]:
         return CalibrationSet(**(content | changes))
 
     return make
+
+
+class RowMeans:
+    """A classifier of 32x32 images: the mean of each row of pixels, a linear layer, the mean over the three colours.
+
+    Quantized, the means are rounded to `1/16 (0..255 - 128)`. Weights are integers times a scale per class, of 7 bits:
+    with 8, sums of two products saturate on processors without VNNI.
+    """
+
+    STEP = 1 / 16
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.integers = rng.integers(-63, 64, (32, 10)).astype(np.int8)
+        self.scales = rng.uniform(0.01, 0.02, 10).astype(np.float32)
+        self.offset = rng.normal(size=10).astype(np.float32)
+
+    def logits(self, images: np.ndarray, *, quantized: bool = False) -> np.ndarray:
+        means = images.astype(np.float64).mean(3)
+        if quantized:
+            means = self.STEP * np.clip(np.round(means / self.STEP), -128, 127)
+        return (means @ (self.integers * self.scales.astype(np.float64)) + self.offset).mean(1)
+
+    def write(self, path: Path, described: dict[str, Any] | None, *, quantized: bool = False) -> Path:
+        """described: what is noted in the file under `dfq`."""
+        constants = {"width": np.array([3]), "colours": np.array([1]), "offset": self.offset, "integers": self.integers}
+        constants |= {"scales": self.scales, "step": np.float32(self.STEP), "zero_point": np.uint8(128)}
+        constants |= {"zeros": np.zeros(10, np.int8), "weight": (self.integers * self.scales).astype(np.float32)}
+        nodes = [helper.make_node("ReduceMean", ["images", "width"], ["means"], keepdims=0)]
+        if quantized:
+            nodes += [
+                helper.make_node("QuantizeLinear", ["means", "step", "zero_point"], ["rounded"]),
+                helper.make_node("DequantizeLinear", ["rounded", "step", "zero_point"], ["input"]),
+                helper.make_node("DequantizeLinear", ["integers", "scales", "zeros"], ["weight"], axis=1),
+            ]
+            del constants["weight"]
+        nodes += [
+            helper.make_node("MatMul", ["input" if quantized else "means", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "offset"], ["of_colours"]),
+            helper.make_node("ReduceMean", ["of_colours", "colours"], ["logits"], keepdims=0),
+        ]
+        used = {name for node in nodes for name in node.input}
+        graph = helper.make_graph(
+            nodes,
+            "row_means",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        if described is not None:
+            model.metadata_props.add(key="dfq", value=json.dumps(described))
+        onnx.save(model, path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def row_means() -> RowMeans:
+    """A classifier whose logits are known without any runtime."""
+    return RowMeans()
+
+
+@pytest.fixture
+def described(reference: Model) -> dict[str, Any]:
+    """What an export of the reference model at W8A8 notes in its file."""
+    return {
+        "format": "dfq.onnx",
+        "version": 1,
+        "model": reference.origin.to_dict(),
+        "bits": "w8a8",
+        "recipe": "deploy",
+        "preprocessing": reference.preprocessing.to_dict(),
+        "num_classes": 10,
+        "seed": 7,
+        "weight_bytes": 1234,
+        "dfq": dfq.__version__,
+    }

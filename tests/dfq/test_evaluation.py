@@ -63,6 +63,10 @@ class Fake:
     weight_bytes: int = 1_500_000
     class_names: tuple[str, ...] | None = None
     preprocessing: RawPixels = RawPixels()
+    runtime: str = "pytorch"
+
+    def to(self, device: torch.device) -> None:
+        self.module.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +183,7 @@ def test_identical_models_lose_nothing_and_the_json_stays_valid() -> None:
 
 
 def test_json_fields() -> None:
-    always = {"model", "bits", "device", "seed", "num_images", "top1", "top5", "top1_ci95"}
+    always = {"model", "bits", "device", "runtime", "seed", "num_images", "top1", "top5", "top1_ci95"}
     always |= {"images_per_second", "weight_bytes", "versions"}
     against = {"baseline_top1", "drop", "drop_ci95", "agreement", "mcnemar_p", "logit_sqnr_db"}
     rows = one_hot([0, 1], 2)

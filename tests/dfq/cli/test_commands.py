@@ -45,7 +45,7 @@ def test_quantize_evaluate_and_the_json(
     assert set(result) == {
         *("top1", "top5", "num_images", "top1_ci95"),
         *("baseline_top1", "drop", "drop_ci95", "agreement", "mcnemar_p", "logit_sqnr_db"),
-        *("images_per_second", "weight_bytes", "bits", "model", "device", "seed", "versions"),
+        *("images_per_second", "weight_bytes", "bits", "model", "device", "runtime", "seed", "versions"),
     }
     assert (result["num_images"], result["bits"], result["model"]) == (445, "w8a8", "reference")
     assert (result["device"], result["seed"]) == ("cpu", 0)
