@@ -78,9 +78,8 @@ class UniformQuantizer(Quantizer):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """`scale` fp32 `[G]`, and if affine `zero_point` int32 `[G]` (symmetric: it is always 0)."""
-        scale, zero_point = self._parameters_or_raise()
-        return {"scale": scale} if self.symmetric else {"scale": scale, "zero_point": zero_point}
+        """`scale` fp32 `[G]`, and if affine `zero_point` `[G]` of `self.dtype` (symmetric: it is always 0)."""
+        return self._named(*self._parameters_or_raise())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """Become fitted with the tensors that `tensors()` gave, or others of their kind.
@@ -143,8 +142,11 @@ class UniformQuantizer(Quantizer):
         self.scale, self.zero_point = scale_and_zero_point(low, high, self.bits, self.symmetric)
 
     def _grid(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-        scale, zero_point = scale_and_zero_point(low, high, self.bits, self.symmetric)
-        return {"scale": scale} if self.symmetric else {"scale": scale, "zero_point": zero_point}
+        return self._named(*scale_and_zero_point(low, high, self.bits, self.symmetric))
+
+    def _named(self, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
+        # To be kept, a zero point needs no more than the integers it is one of; int32 is for arithmetic.
+        return {"scale": scale} if self.symmetric else {"scale": scale, "zero_point": zero_point.to(self.dtype)}
 
     def _quantize(self, values: Tensor) -> Tensor:
         scale, zero_point = self._broadcast(values)

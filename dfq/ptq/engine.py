@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import CalibrationSet, load_calibration_set
@@ -24,7 +24,7 @@ from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.ptq.products import search_stage
 from dfq.ptq.reconstruct import Reconstructor, exact_weights
 from dfq.ptq.rotate import rotate
-from dfq.ptq.sites import PlannedSite, plan_sites
+from dfq.ptq.sites import POSITION_EMBEDDING, PlannedSite, plan_sites
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
 from quantizers import Quantizer, pack
@@ -57,12 +57,8 @@ class QuantizedModel(Network):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be kept to make the model again: packed integers, quantizers, and parameters in float32."""
-        kept = {
-            name: value
-            for name, value in self.module.state_dict().items()
-            if not isinstance(self.module.get_submodule(name.rpartition(".")[0]), Quantizer)
-        }
+        """What has to be kept to make the model again: packed integers, quantizers, and parameters (`kept_state`)."""
+        kept = kept_state(self.module)
         for path, layer in self.module.named_modules():
             if not isinstance(layer, QuantizedLayer):
                 continue
@@ -73,6 +69,19 @@ class QuantizedModel(Network):
         for name, quantizer in self.sites.items():
             kept |= {f"{name}.{key}": value for key, value in quantizer.tensors().items()}
         return kept
+
+
+def kept_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without quantizers; the position embedding in float16 where that holds the very same values."""
+    kept: dict[str, Tensor] = {
+        name: value
+        for name, value in module.state_dict().items()
+        if not isinstance(module.get_submodule(name.rpartition(".")[0]), Quantizer)
+    }
+    positions = kept.get(POSITION_EMBEDDING)
+    if positions is not None and torch.equal(positions.half().to(positions.dtype), positions):
+        kept[POSITION_EMBEDDING] = positions.half()
+    return kept
 
 
 def quantize(
@@ -93,12 +102,12 @@ def quantize(
     was stopped goes on from there to the same result, bit for bit on the same hardware. What another run left there is
     replaced. Of images that are made here nothing is kept: give `calibration`.
 
-    Where the recipe says so, channels are rotated first (`rotate`). The network is then walked once, stage by stage
-    (stem, each block, head), in full precision ("parallel" calibration, PTQ4ViT, section 3.3; on the kept patches only
-    where the set is sparse). In each stage ranges per channel are first moved where that costs nothing
-    (`reparametrize`), then all ranges are found, by the error of each tensor and, where the recipe says so, by that of
-    the products (`search_stage`); activations get their quantizers and weights their integers. What the recipe tunes by
-    gradients is tuned afterwards (`reconstruct`).
+    Where the recipe says so, channels are rotated first (`rotate`), and the position embedding is rounded to float16
+    (`prepare`). The network is then walked once, stage by stage (stem, each block, head), in full precision ("parallel"
+    calibration, PTQ4ViT, section 3.3; on the kept patches only where the set is sparse). In each stage ranges per
+    channel are first moved where that costs nothing (`reparametrize`), then all ranges are found, by the error of each
+    tensor and, where the recipe says so, by that of the products (`search_stage`); activations get their quantizers and
+    weights their integers. What the recipe tunes by gradients is tuned afterwards (`reconstruct`).
 
     Raises DfqError: bits or recipe that make no sense, a calibration set made for another image size or
     normalisation, activations that are not finite, a file to resume from that is something else.
@@ -177,6 +186,9 @@ def _from_host(stem: Stage, device: torch.device) -> Callable[[Any], Tensor]:
 def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer, list[PlannedSite]]:
     """An adapted copy of the model, and what of it is to be quantized how.
 
+    Its position embedding, unless it is a site itself, has values that float16 holds: of all that stays in floating
+    point it is the largest tensor, and it is kept in half the bytes.
+
     Raises DfqError where the model is not supported or the recipe does not fit it: quick to find out, before images are
     made.
     """
@@ -184,7 +196,19 @@ def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer
     module = adapt(copy.deepcopy(model.module), deferred=recipe.softmax == "deferred")
     if recipe.rotate is not None:
         rotate(module, recipe.rotate)
-    return module, plan_sites(module, recipe, bits)
+    planned = plan_sites(module, recipe, bits)
+    if POSITION_EMBEDDING not in [p.site.name for p in planned]:
+        # Before anything is calibrated, so that ranges are found for what will run.
+        _round_position_embedding(module)
+    return module, planned
+
+
+@torch.no_grad()
+def _round_position_embedding(module: nn.Module) -> None:
+    """To values that float16 holds; it is left alone where they lie beyond its range."""
+    positions = getattr(module, POSITION_EMBEDDING, None)
+    if positions is not None and bool(positions.half().isfinite().all()):
+        positions.copy_(positions.half())
 
 
 def _calibration_images(

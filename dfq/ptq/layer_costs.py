@@ -9,6 +9,7 @@ from pathlib import Path
 from calibration import CalibrationSet
 from dfq.errors import UsageError
 from dfq.models import Model
+from dfq.ptq.engine import kept_state
 from dfq.ptq.modules import QuantizedLayer
 from dfq.ptq.probe import Probe
 from dfq.ptq.sensitivity import NUM_IMAGES, Sensitivity, make_probe, site_trials, summarize
@@ -108,7 +109,7 @@ def _free_layers(probe: Probe) -> dict[str, tuple[str, ...]]:
 def _other_bytes(probe: Probe, free: Collection[str]) -> int:
     """Of the quantized model (`QuantizedModel.weight_bytes`), all but the integers of the free layers."""
     widths = {p.site.owner: p.bits for p in probe.planned if p.site.is_weight}
-    kept = list(probe.module.state_dict().values())
+    kept = list(kept_state(probe.module).values())
     for p in probe.planned:
         kept += probe.quantizer(p.site.name, p.bits).tensors().values()
     packed = 0

@@ -109,12 +109,13 @@ def test_weights_take_the_space_of_their_bits(reference: Model, noise: Calibrati
     qkv = tensors["blocks.0.attn.qkv.weight.integers"]
     assert (qkv.dtype, qkv.numel()) == (torch.uint8, 3 * 64 * 64 // 2)
     # 4 blocks of 12 * 64^2 weights at half a byte; the patch embedding and the head at one; 4 bytes for the rest: a
-    # scale for each of the weights' output channels, norms and biases, tokens, and a few hundred of the activations.
+    # scale for each of the weights' output channels, norms and biases, the class token, and a few hundred of the
+    # activations; 2 bytes for the position embedding.
     integers = 4 * 12 * 64**2 // 2 + 64 * 48 + 10 * 64
     scales = 4 * (192 + 64 + 256 + 64) + 64 + 10
     biases_and_norms = scales + 4 * 4 * 64 + 2 * 64
-    tokens = 64 * (1 + 65)
-    least = integers + 4 * (scales + biases_and_norms + tokens)
+    positions = 2 * 64 * 65
+    least = integers + 4 * (scales + biases_and_norms + 64) + positions
     assert least < quantized.weight_bytes < least + 4 * 400
     size = (tmp_path / WEIGHTS).stat().st_size
     header = int.from_bytes((tmp_path / WEIGHTS).read_bytes()[:8], "little")

@@ -57,6 +57,19 @@ def test_symmetric_quantizers_have_no_zero_point_to_store() -> None:
     assert set(UniformQuantizer(4, symmetric=False).fit(VALUES).tensors()) == {"scale", "zero_point"}
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_zero_points_are_kept_as_the_integers_they_are_one_of(bits: int) -> None:
+    """All below zero: the zero point is the largest integer, 255 at 8 bits, which int8 would not hold."""
+    quantizer = UniformQuantizer(bits, symmetric=False).fit(torch.tensor([-3.0, -1.0]))
+    kept = quantizer.tensors()["zero_point"]
+    assert (kept.dtype, kept.tolist()) == (torch.uint8, [2**bits - 1])
+    again = build(quantizer.describe(), quantizer.tensors())
+    assert torch.equal(again(torch.tensor([-3.0, -1.0])), quantizer(torch.tensor([-3.0, -1.0])))
+    # Arithmetic on them goes on with the ends of ranges, which lie below zero.
+    assert all(bool((n["scale"] > 0).all()) for n in again.neighbours(0.1))
+    assert {n["zero_point"].dtype for n in again.neighbours(0.1)} == {torch.uint8}
+
+
 def test_loaded_tensors_are_copied() -> None:
     tensors = {"scale": torch.tensor([0.5]), "zero_point": torch.tensor([3])}
     quantizer = build(AFFINE, tensors)

@@ -44,7 +44,7 @@ def test_symmetric_by_hand() -> None:
 def test_affine_by_hand() -> None:
     quantizer = UniformQuantizer(2, symmetric=False).fit(torch.tensor([-1.0, 2.0]))  # scale 1, zero point 1
     assert quantizer.tensors()["zero_point"].tolist() == [1]
-    assert quantizer.tensors()["zero_point"].dtype == torch.int32
+    assert quantizer.tensors()["zero_point"].dtype == torch.uint8
     q = quantizer.quantize(torch.tensor([-7.0, -1.0, -0.5, 0.5, 1.5, 2.0, 9.0]))
     assert q.dtype == torch.uint8
     assert q.tolist() == [0, 0, 1, 1, 3, 3, 3]
