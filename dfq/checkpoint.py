@@ -1,4 +1,8 @@
-"""A quantized model on disk: `model.safetensors` (packed integers, scales, the rest in float32) and `config.json`."""
+"""A quantized model on disk: `model.safetensors` (packed integers, quantizers, other parameters) and `config.json`.
+
+Laid out as a model hub wants it: at the top level of `config.json` what timm writes there, and below
+`quantization_config` all that dfq says.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,10 @@ from dfq.versions import versions
 from quantizers import Quantizer
 
 FORMAT = "dfq.quantized_model"
-VERSION = 1
+VERSION = 2
+QUANTIZATION = "quantization_config"
+"""The key of `config.json` below which everything lies that timm does not know."""
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
@@ -49,9 +56,10 @@ def describe_sites(qmodel: QuantizedModel) -> dict[str, dict[str, Any]]:
     }
 
 
-def config_of(qmodel: QuantizedModel) -> dict[str, Any]:
-    """What `config.json` says, apart from the checksum of the weights."""
+def description_of(qmodel: QuantizedModel) -> dict[str, Any]:
+    """What `config.json` says of the quantized model, apart from the checksum of the weights."""
     return {
+        "quant_method": "dfq",
         "format": FORMAT,
         "version": VERSION,
         "bits": qmodel.bits,
@@ -64,10 +72,33 @@ def config_of(qmodel: QuantizedModel) -> dict[str, Any]:
     }
 
 
+def timm_config(qmodel: QuantizedModel) -> dict[str, Any]:
+    """What timm keeps of a model in `config.json`: enough to build its architecture, without weights, and its inputs.
+
+    An architecture that timm does not have, such as `reference`, is named as dfq names it.
+    """
+    module: Any = qmodel.module
+    origin, preprocessing = qmodel.origin, qmodel.preprocessing.to_dict()
+    layers = getattr(module, "pretrained_cfg", {})
+    return {
+        "architecture": origin.architecture.partition(".")[0],
+        "num_classes": qmodel.num_classes,
+        "num_features": module.num_features,
+        "global_pool": module.global_pool,
+        "model_args": origin.arguments,
+        "pretrained_cfg": {
+            "num_classes": qmodel.num_classes,
+            "input_size": [3, *preprocessing.pop("image_size")],
+            **preprocessing,
+            **{key: layers[key] for key in ("fixed_input_size", "first_conv", "classifier") if key in layers},
+        },
+    }
+
+
 def claim_directory(directory: Path | str, identity: dict[str, Any], *, overwrite: bool) -> bool:
     """See that a quantized model may be written to `directory`; True where that very model already lies there.
 
-    identity: the entries of `config.json` that tell one run from another. A folder with nothing but a `calibration`
+    identity: the entries of `description_of` that tell one run from another. A folder with nothing but a `calibration`
     set is a run that was stopped, and is continued. Nothing is removed here: what lies there is replaced by `save`.
     Raises DfqError for a folder that holds anything else, unless `overwrite`; and always where `save` would replace
     weights that are not its own, such as the original ones.
@@ -77,7 +108,7 @@ def claim_directory(directory: Path | str, identity: dict[str, Any], *, overwrit
     if not _is_ours(folder / WEIGHTS):
         raise DfqError(f"{folder / WEIGHTS} is not a file that dfq made, and would be replaced; choose another --out")
     if is_quantized_model(folder):
-        config = read_json(folder / CONFIG)
+        config = _description(folder)
         wanted = json.loads(json.dumps(identity))
         if {key: config.get(key) for key in wanted} == wanted:
             return True
@@ -117,7 +148,16 @@ def save(qmodel: QuantizedModel, directory: Path | str) -> None:
     # One entry only: safetensors writes several in any order, and the same model would not give the same file.
     content = to_bytes(tensors, {"format": FORMAT})
     replace_file(folder / WEIGHTS, lambda partial: partial.write_bytes(content))
-    write_json(folder / CONFIG, config_of(qmodel) | {"sha256": sha256_of(folder / WEIGHTS)})
+    description = description_of(qmodel) | {"sha256": sha256_of(folder / WEIGHTS)}
+    write_json(folder / CONFIG, timm_config(qmodel) | {QUANTIZATION: description})
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """What `description_of` said of the model that lies there. Raises DfqError where `config.json` cannot be read."""
+    config = read_json(folder / CONFIG)
+    # In version 1 it was the whole file.
+    description = config.get(QUANTIZATION, config)
+    return description if isinstance(description, dict) else {}
 
 
 def load(directory: Path | str, *, device: str | torch.device | None = None) -> QuantizedModel:
@@ -131,13 +171,13 @@ def load(directory: Path | str, *, device: str | torch.device | None = None) -> 
             raise CheckpointError(f"{folder} is not a quantized model: it has no {name}")
     target = resolve_device(device)
     try:
-        config = read_json(folder / CONFIG)
+        config = _description(folder)
     except DfqError as error:
         raise CheckpointError(str(error)) from error
     if config.get("format") != FORMAT:
         raise CheckpointError(f"{folder / CONFIG} does not describe a quantized model ({config.get('format')!r})")
-    if config.get("version") != VERSION:
-        raise CheckpointError(f"{folder / CONFIG} has version {config.get('version')!r}; this dfq reads {VERSION}")
+    if config.get("version") not in range(1, VERSION + 1):
+        raise CheckpointError(f"{folder / CONFIG} has version {config.get('version')!r}; this dfq reads 1 to {VERSION}")
     if config.get("sha256") != sha256_of(folder / WEIGHTS):
         raise CheckpointError(f"{folder / WEIGHTS} is damaged: its checksum is not the one in {CONFIG}")
     try:

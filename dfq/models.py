@@ -19,6 +19,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from calibration.files import read_json
 from calibration.saliency import saliency_kind
 from calibration.tokens import PatchGrid
 from dfq import datasets, reference
@@ -304,6 +305,8 @@ def _on_hub(name: str) -> tuple[str, dict[str, Any]]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DfqError(f"cannot find out what {name} is: {reason}") from error
+    if name.startswith(_LOCAL_DIR) and "quantization_config" in read_json(Path(place) / "config.json"):
+        raise DfqError(f"{name} holds a quantized model, not one to start from; `dfq.load` reads those of dfq")
     return str(architecture), dict(arguments or {})
 
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 import dfq
 from calibration.calibration_set import CalibrationSet
-from dfq.checkpoint import CONFIG, WEIGHTS, claim_directory, config_of, is_quantized_model
+from dfq.checkpoint import (
+    CONFIG,
+    QUANTIZATION,
+    WEIGHTS,
+    claim_directory,
+    description_of,
+    is_quantized_model,
+    timm_config,
+)
 from dfq.errors import CheckpointError, DfqError, UsageError
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
@@ -42,8 +53,9 @@ def umask() -> Iterator[None]:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what dfq says of the model."""
     config = json.loads((folder / CONFIG).read_text())
-    change(config)
+    change(config[QUANTIZATION])
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -130,7 +142,8 @@ def test_files_can_be_read_by_others(w4a8: QuantizedModel, tmp_path: Path) -> No
 
 
 def test_the_config_tells_what_the_model_is(saved: Path, w4a8: QuantizedModel) -> None:
-    config = json.loads((saved / CONFIG).read_text())
+    config = json.loads((saved / CONFIG).read_text())[QUANTIZATION]
+    assert config["quant_method"] == "dfq"
     assert config["bits"] == "w4a8"
     assert config["model"]["name"] == "reference"
     assert len(config["model"]["fingerprint"]) == 64
@@ -141,6 +154,73 @@ def test_the_config_tells_what_the_model_is(saved: Path, w4a8: QuantizedModel) -
     assert config["calibration"]["num_images"] == 8
     assert config["calibration"]["run"]["method"] == "gaussian"
     assert config["versions"]["dfq"] == dfq.__version__
+
+
+def test_timm_finds_its_own_keys(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], tmp_path: Path
+) -> None:
+    model = tiny("deit_tiny_distilled_patch16_224", num_classes=7)
+    quantized = dfq.quantize(model, "w8a8", calibration=images_for(), progress=False)
+    dfq.save(quantized, tmp_path / "out")
+    # Without weights: those are packed, and only dfq reads them.
+    built = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=False)
+    assert (built.num_classes, built.num_features, len(built.blocks)) == (7, 24, 2)
+    assert built.state_dict().keys() == model.module.state_dict().keys()
+    inputs_of = timm.data.resolve_model_data_config(built)
+    assert inputs_of["input_size"] == (3, 32, 32)
+    assert (tuple(inputs_of["mean"]), tuple(inputs_of["std"])) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert (inputs_of["interpolation"], inputs_of["crop_pct"], inputs_of["crop_mode"]) == ("bicubic", 0.9, "center")
+    assert list(built.pretrained_cfg["classifier"]) == ["head", "head_dist"]
+    # What comes back says the same again.
+    dfq.save(dfq.load(tmp_path / "out", device="cpu"), tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_weights_with_a_tag_are_of_the_architecture_without(w4a8: QuantizedModel) -> None:
+    origin = replace(w4a8.origin, architecture="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    assert timm_config(replace(w4a8, origin=origin))["architecture"] == "vit_tiny_patch16_224"
+
+
+def test_a_folder_as_a_hub_hands_it_out(saved: Path, w4a8: QuantizedModel, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(saved, clone)
+    (clone / ".git").mkdir()
+    (clone / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (clone / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    (clone / "README.md").write_text("---\nlibrary_name: dfq\n---\n")
+    check_same(dfq.load(clone, device="cpu"), w4a8)
+    assert claim_directory(clone, identity(w4a8), overwrite=False) is True
+
+
+def test_a_quantized_model_is_no_model_to_start_from(saved: Path) -> None:
+    with pytest.raises(DfqError, match=r"holds a quantized model, not one to start from; `dfq\.load` reads those"):
+        dfq.load_model(f"local-dir:{saved}")
+
+
+@pytest.mark.parametrize("said", [{"quant_method": "gptq", "bits": 4}, None, "dfq"])
+def test_a_model_quantized_by_others(said: object, saved: Path) -> None:
+    (saved / CONFIG).write_text(json.dumps({"architecture": "vit_tiny_patch16_224", QUANTIZATION: said}))
+    with pytest.raises(CheckpointError, match=r"config\.json does not describe a quantized model \(None\)"):
+        dfq.load(saved)
+
+
+def test_folders_of_version_1_are_read(saved: Path, w4a8: QuantizedModel) -> None:
+    """Their `config.json` held nothing but the description, their zero points were int32, and all else float32."""
+    tensors = load_file(saved / WEIGHTS)
+    assert tensors["pos_embed"].dtype == torch.float16
+    for name, tensor in tensors.items():
+        if name.endswith("zero_point"):
+            tensors[name] = tensor.int()
+    tensors["pos_embed"] = tensors["pos_embed"].float()
+    save_file(tensors, saved / WEIGHTS, {"format": "dfq.quantized_model"})
+    description = json.loads((saved / CONFIG).read_text())[QUANTIZATION]
+    del description["quant_method"]
+    description |= {"version": 1, "sha256": sha256(saved / WEIGHTS)}
+    (saved / CONFIG).write_text(json.dumps(description))
+    check_same(dfq.load(saved, device="cpu"), w4a8)
+    assert claim_directory(saved, identity(w4a8), overwrite=False) is True
+    with pytest.raises(DfqError, match=r"of another run \(it differs in bits\)"):
+        claim_directory(saved, identity(w4a8) | {"bits": "w8a8"}, overwrite=False)
 
 
 def test_saving_again_replaces(saved: Path, reference: Model, noise: CalibrationSet) -> None:
@@ -193,7 +273,8 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c.update(version=2), r"config\.json has version 2; this dfq reads 1"),
+        (lambda c: c.update(version=3), r"config\.json has version 3; this dfq reads 1 to 2"),
+        (lambda c: c.update(version=0), r"config\.json has version 0; this dfq reads 1 to 2"),
         (lambda c: c.update(format="other"), r"config\.json does not describe a quantized model \('other'\)"),
         (lambda c: c.pop("format"), r"config\.json does not describe a quantized model \(None\)"),
         (lambda c: c.update(sha256="0" * 64), "checksum"),
@@ -281,7 +362,7 @@ def test_an_unknown_device_is_wrong_usage(saved: Path) -> None:
 
 
 def identity(quantized: QuantizedModel) -> dict[str, Any]:
-    config = config_of(quantized)
+    config = description_of(quantized)
     return {key: config[key] for key in ("bits", "model", "preprocessing", "recipe", "calibration")}
 
 
