@@ -22,9 +22,9 @@ from calibration.files import make_directory, read_json, replace_file, sha256_of
 from dfq.errors import CheckpointError, DfqError
 from dfq.models import Origin, build_architecture, resolve_device
 from dfq.preprocessing import Preprocessing
-from dfq.ptq.engine import QuantizedModel
+from dfq.ptq.engine import QuantizedModel, kept_state
 from dfq.ptq.fitting import place
-from dfq.ptq.modules import QuantizedLayer, adapt
+from dfq.ptq.modules import QuantizedLayer, Slotted, adapt
 from dfq.recipe import parse_bits, recipe_from_dict
 from dfq.versions import versions
 from quantizers import Quantizer
@@ -242,3 +242,42 @@ def restore(
         if name not in layers and "." in name:
             place(module, name, quantizer)
     return sites
+
+
+def plain_state_dict(qmodel: QuantizedModel) -> dict[str, Tensor]:
+    """The quantized model as timm knows it: weights in float32, dequantized, by the names of its own state dict.
+
+    `timm.create_model(qmodel.origin.architecture, **qmodel.origin.arguments)` takes it. Activations are not quantized
+    there: the outputs are those of the quantized model if it is one of `a16`, and near them if not.
+
+    Raises DfqError where the recipe moved an offset into a layer that the architecture has without one.
+    """
+    plain = kept_state(qmodel.module)
+    for path, module in qmodel.module.named_modules():
+        if isinstance(module, QuantizedLayer):
+            plain[f"{path}.weight"] = module.weight
+        elif isinstance(module, Slotted):
+            for name in [name for name in plain if name.startswith(f"{path}.module.")]:
+                plain[path + name.removeprefix(f"{path}.module")] = plain.pop(name)
+    with torch.device("meta"):
+        wanted = build_architecture(qmodel.origin.architecture, qmodel.origin.arguments).state_dict()
+    surplus = sorted(plain.keys() - wanted.keys())
+    if surplus:
+        raise DfqError(
+            f"{qmodel.origin.architecture} has no place for {surplus[0]}: recipe {qmodel.recipe.name} moved an offset "
+            "there; quantize with a recipe that neither rotates nor reparametrizes"
+        )
+    return {name: plain[name].detach().to(wanted[name].dtype) for name in wanted}
+
+
+def save_plain(qmodel: QuantizedModel, path: Path | str) -> None:
+    """Write `plain_state_dict` as the safetensors file `path`, which is replaced if it is there.
+
+    Raises DfqError as `plain_state_dict` does, and where the file cannot be written.
+    """
+    file = Path(path)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in plain_state_dict(qmodel).items()}
+    make_directory(file.parent)
+    # As PyTorch's own tools mark their files; some refuse those without.
+    content = to_bytes(tensors, {"format": "pt"})
+    replace_file(file, lambda partial: partial.write_bytes(content))
