@@ -255,6 +255,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> None:
     import dfq
+    from dfq.checkpoint import save_plain
     from dfq.errors import UsageError
 
     _check_files(arguments, {"out": ".onnx" if arguments.format == "onnx" else ".safetensors"})
@@ -262,7 +263,7 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.out} is there already; choose another --out or give --overwrite")
     quantized = dfq.load(arguments.model, device="cpu")
     if arguments.format == "torch":
-        dfq.export_state_dict(quantized, arguments.out)
+        save_plain(quantized, arguments.out)
         print(f"kept in {arguments.out}; for timm.create_model({quantized.origin.architecture!r})")
         return
     exported = dfq.export(quantized, arguments.out, opset=arguments.opset, int4=not arguments.int8_weights)
