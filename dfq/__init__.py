@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calibration import CalibrationSet, load_calibration_set
+    from dfq.benchmark import Bench, bench
     from dfq.checkpoint import load, save
     from dfq.errors import DfqError
     from dfq.evaluation import Evaluation, evaluate
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 # Public names, and where they live. They are imported when first used: `dfq --help` and a mistyped option must not
 # wait for torch.
 _HOMES = {
+    "Bench": "dfq.benchmark",
     "CalibrationSet": "calibration",
     "DfqError": "dfq.errors",
     "Evaluation": "dfq.evaluation",
@@ -45,6 +47,7 @@ _HOMES = {
     "Recipe": "dfq.recipe",
     "RuntimeModel": "dfq.runtime",
     "Sensitivity": "dfq.ptq.sensitivity",
+    "bench": "dfq.benchmark",
     "evaluate": "dfq.evaluation",
     "export": "dfq.onnx_export",
     "generate": "dfq.generation",
@@ -62,6 +65,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Bench",
     "CalibrationSet",
     "DfqError",
     "Evaluation",
@@ -74,6 +78,7 @@ __all__ = [
     "RuntimeModel",
     "Sensitivity",
     "__version__",
+    "bench",
     "evaluate",
     "export",
     "generate",

@@ -271,6 +271,25 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"measure it with: dfq evaluate {arguments.out} --data-dir IMAGES --baseline; dfq bench {arguments.out}")
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    import dfq
+    from calibration.files import write_json
+
+    _check_files(arguments, {"json": ""})
+    result = dfq.bench(
+        arguments.target,
+        batch_sizes=arguments.batch_size,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        seconds=arguments.seconds,
+        runtimes=arguments.runtimes,
+        progress=not arguments.quiet,
+    )
+    print(result.table())
+    if arguments.json is not None:
+        write_json(arguments.json, result.to_dict())
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from dfq.demo import demo
 
@@ -418,6 +437,7 @@ _COMMANDS = {
     "sensitivity": _sensitivity,
     "evaluate": _evaluate,
     "export": _export,
+    "bench": _bench,
     "list": _list,
     "demo": _demo,
 }

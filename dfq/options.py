@@ -136,6 +136,39 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     export.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
+    bench = _command(
+        commands,
+        "bench",
+        functions["bench"],
+        "measure the speed of a quantized model beside full precision, in every runtime that is installed",
+        "dfq bench vit-w8a8.onnx --threads 4",
+    )
+    bench.add_argument(
+        "target",
+        type=Path,
+        metavar="DIR_OR_ONNX",
+        help="a folder that `dfq quantize` made, or an ONNX file that `dfq export` made; inputs, and the weights "
+        "of full precision, are random",
+    )
+    bench.add_argument(
+        "-b",
+        "--batch-size",
+        type=_positive,
+        nargs="+",
+        default=[1, 16],
+        metavar="N",
+        help="images at once; 1, for the latency, is always measured (1 16)",
+    )
+    bench.add_argument(
+        "--threads", type=_positive, metavar="N", help="of PyTorch and of every runtime (as PyTorch has)"
+    )
+    bench.add_argument("--runtimes", nargs="+", choices=_RUNTIMES, help="only these (all that are installed)")
+    bench.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns of each (%(default)s)")
+    bench.add_argument(
+        "--seconds", type=_above_zero, default=0.5, metavar="X", help="that a turn lasts at least (%(default)s)"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+
     listing = _command(commands, "list", functions["list"], "say what there is", "dfq list methods")
     listing.add_argument("what", choices=("models", "methods", "recipes"))
     listing.add_argument(

@@ -98,3 +98,28 @@ def test_a_runtime_that_is_not_known(status: Callable[..., int], capsys: pytest.
     said = capsys.readouterr().err
     assert "onnxruntime" in said
     assert "openvino" in said
+
+
+def test_bench(status: Callable[..., int], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    options = ("--batch-size", 1, 2, "--threads", 1, "--repeats", 1, "--seconds", 0.001, "--runtimes", "onnxruntime")
+    assert status("bench", exported, *options, "--json", file, "--quiet") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith("reference  w8a8  images of 32x32, 1 thread\n")
+    result = json.loads(file.read_text())
+    assert [(row["runtime"], row["bits"]) for row in result["rows"]] == [
+        *(("pytorch", "fp32"), ("pytorch", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "w8a8"))
+    ]
+    assert (result["threads"], result["repeats"], result["seconds"]) == (1, 1, 0.001)
+    assert [timing["batch_size"] for timing in result["rows"][0]["timings"]] == [1, 2]
+
+
+def test_bench_of_what_cannot_be_measured(
+    status: Callable[..., int], refused: Callable[..., None], exported: Path, tmp_path: Path
+) -> None:
+    refused(("bench", tmp_path / "none.onnx"), 1, "there is no file")
+    refused(("bench", tmp_path), 1, "is not a quantized model")
+    refused(("bench", exported, "--json", tmp_path / "no" / "x.json"), 2, "there is no folder")
+    for wrong in (("--batch-size", 0), ("--threads", 0), ("--seconds", 0), ("--runtimes", "tensorrt"), ("--runtimes",)):
+        assert status("bench", exported, *wrong) == 2
