@@ -23,14 +23,12 @@ from torch import Tensor
 
 from dfq.errors import DfqError, UsageError
 from dfq.models import Origin, class_names
+from dfq.onnx_export import FORMAT, INPUT, OUTPUT, VERSION
 from dfq.preprocessing import Preprocessing
 
-FORMAT = "dfq.onnx"
-VERSION = 1
 RUNTIMES = ("onnxruntime", "openvino")
 
 _METADATA = "dfq"
-_INPUT, _OUTPUT = "images", "logits"
 _EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 
 Array = NDArray[np.float32]
@@ -218,8 +216,8 @@ def _description(file: Path, model: Any) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DfqError(f"{file} is damaged: what dfq noted in it cannot be read ({_reason(error)})") from error
     names = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
-    if names != ([_INPUT], [_OUTPUT]):
-        raise DfqError(f"{file} is damaged: its input is not `{_INPUT}` alone, or its output not `{_OUTPUT}`")
+    if names != ([INPUT], [OUTPUT]):
+        raise DfqError(f"{file} is damaged: its input is not `{INPUT}` alone, or its output not `{OUTPUT}`")
     return described
 
 
@@ -235,7 +233,7 @@ class _OnnxRuntime:
         self._session = self._open()
 
     def run(self, images: Array) -> Array:
-        logits: Array = self._session.run([_OUTPUT], {_INPUT: images})[0]
+        logits: Array = self._session.run([OUTPUT], {INPUT: images})[0]
         return logits
 
     def products(self) -> Products:
@@ -268,9 +266,9 @@ class _OpenVino:
         self._request = self._compiled.create_infer_request()
 
     def run(self, images: Array) -> Array:
-        self._request.infer({_INPUT: images}, share_inputs=True)
+        self._request.infer({INPUT: images}, share_inputs=True)
         # Its memory is the runtime's, and written again in the next run.
-        logits: Array = self._request.get_tensor(_OUTPUT).data.copy()
+        logits: Array = self._request.get_tensor(OUTPUT).data.copy()
         return logits
 
     def products(self) -> Products:
