@@ -274,18 +274,16 @@ def bench(
             quantized, _full_precision(first.origin, first.preprocessing, seed), Path(folder), used
         )
         generator = np.random.default_rng(seed)
-        sizes = sorted({1, *batch_sizes})
-        with tqdm(
-            total=len(sizes) * repeats, desc="bench", unit="round", file=sys.stderr, disable=None if progress else True
-        ) as bar:
-            for size in sizes:
-                images = generator.standard_normal((size, 3, *first.preprocessing.image_size), dtype=np.float32)
-                for contender in contenders:  # Kernels are chosen, and memory is laid out, for a new shape.
-                    contender.run(images)
-                for _ in range(repeats):
-                    for contender in contenders:
-                        contender.turn(images, seconds)
-                    bar.update()
+        shape = (3, *first.preprocessing.image_size)
+        batches = [generator.standard_normal((size, *shape), dtype=np.float32) for size in sorted({1, *batch_sizes})]
+        for images in batches:
+            for contender in contenders:  # Kernels are chosen, and memory is laid out, for a new shape.
+                contender.run(images)
+        turns = [(contender, images) for images in batches for contender in contenders] * repeats
+        for contender, images in tqdm(
+            turns, desc="bench", unit="turn", file=sys.stderr, disable=None if progress else True
+        ):
+            contender.turn(images, seconds)
         return Bench(
             model=first.name,
             bits=first.bits,

@@ -160,7 +160,7 @@ def test_turns_alternate(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(benchmark._Contender, "turn", noted)
     bench(exported, batch_sizes=(1, 2), runtimes=["onnxruntime"], **(SHORT | {"repeats": 3}))
     everyone = [("pytorch", "fp32"), ("pytorch", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "w8a8")]
-    assert turns == [(*who, size) for size in (1, 2) for _ in range(3) for who in everyone]
+    assert turns == [(*who, size) for _ in range(3) for size in (1, 2) for who in everyone]
 
 
 def test_a_turn_lasts_as_long_as_asked_and_leaves_out_a_short_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
