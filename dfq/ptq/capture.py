@@ -54,21 +54,25 @@ class Sample:
         self._share: float | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: list[Tensor] = []
+        self._stands_for: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         # Rows first: [B, N, C] -> [B * N, C]; [B, heads, N, D] -> [B * N, heads, 1, D], so that axis 1 is still heads.
         rows = x.transpose(1, 2).flatten(0, 1).unsqueeze(2) if x.dim() == 4 else x.flatten(0, -2)
         if self._share is None:
             self._share = SAMPLE_ELEMENTS / (x.numel() * self._parts)
+        stands_for = torch.ones(len(rows), device=x.device)
         if self._share < 1.0:
-            count = max(1, round(len(rows) * self._share))
+            total, count = len(rows), max(1, round(len(rows) * self._share))
             chosen = torch.randperm(len(rows), generator=self._generator)[:count].to(x.device)
             if self._largest:
                 sizes = rows.flatten(1).abs().amax(1)
                 sizes[chosen] = -1.0  # Once is enough.
                 chosen = torch.cat([chosen, sizes.topk(min(self._largest, len(rows) - count)).indices])
-            rows = rows[chosen]
+            rows, stands_for = rows[chosen], stands_for[chosen]
+            stands_for[:count] = (total - (len(rows) - count)) / count
         self._rows.append(rows.clone())
+        self._stands_for.append(stands_for)
 
     def values(self) -> Tensor:
         if not self._rows:
@@ -76,6 +80,16 @@ class Sample:
         # Rows of attention maps are as long as there are tokens; short ones end in zeros, as of tokens nobody looks at.
         longest = max(rows.shape[-1] for rows in self._rows)
         return torch.cat([F.pad(rows, (0, longest - rows.shape[-1])) for rows in self._rows])
+
+    def importance(self) -> Tensor:
+        """How much a squared error in each row of `values` counts: the root of the number of rows it stands for.
+
+        A row that was drawn stands for many, one taken for its size for itself. Were all to count alike, the few large
+        ones would stretch a range of few levels; in proportion, they would be clipped where levels are plenty, and
+        models lean on them. Under the root both come out nearly as well as they can. Shape [R, 1, ...].
+        """
+        stands_for = torch.cat(self._stands_for)
+        return stands_for.sqrt().view(-1, *[1] * (self._rows[0].dim() - 1))
 
 
 class InputImportance:

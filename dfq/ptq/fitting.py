@@ -32,7 +32,8 @@ class Observed:
     """What was seen of one stage in full precision.
 
     outputs: of the stage, batch by batch; values: of activation sites, by name, as their range search needs them;
-    importance and moments: of the inputs of weight sites, by the name of the weight's site.
+    importance: by name, of what is in `values` where that is a sample, and of the inputs of weight sites; moments: of
+    those inputs.
     """
 
     outputs: list[Tensor]
@@ -92,6 +93,7 @@ def observe(
         if not bool(values[name].isfinite().all()):
             raise DfqError(f"cannot find a range for {name}: its activations hold NaN or infinity")
     importance = {name: recorder.values() for name, recorder in squares.items()}
+    importance |= {name: recorder.importance() for name, recorder in ranges.items() if isinstance(recorder, Sample)}
     return Observed(outputs, values, importance, moments)
 
 
@@ -107,21 +109,21 @@ def move_ranges(
     by_channel = [p for p in sites if p.settings.granularity == "channel" and not p.site.is_weight]
     if recipe.reparametrize is None or not by_channel:
         return sites
-    return reparametrize(stage, sites, observe(network, by_channel, None, inputs, run).values, recipe.reparametrize)
+    return reparametrize(stage, sites, observe(network, by_channel, None, inputs, run), recipe.reparametrize)
 
 
 def reparametrize(
     stage: Stage,
     sites: Sequence[PlannedSite],
-    values: Mapping[str, Tensor],
+    seen: Observed,
     how: Reparametrization = "searched",
 ) -> list[PlannedSite]:
     """Move the ranges per channel of a stage into the layers around them where that is exact.
 
     In full (RepQ-ViT) every channel of the activation gets all levels, but columns of the weights that share a scale
     drift apart, which costs more than it brings where weights have fewer bits than activations: "searched" chooses how
-    far by the error of the product they enter. values: samples [..., C] of the sites, by name. Returns the sites as
-    they are to be quantized then: what was per channel and could be moved is per tensor.
+    far by the error of the product they enter. seen: samples [..., C] of the sites. Returns the sites as they are to be
+    quantized then: what was per channel and could be moved is per tensor.
     """
     if stage.module is None:
         return list(sites)
@@ -130,7 +132,8 @@ def reparametrize(
         site = planned.get(exchange.site)
         if site is None or site.settings.granularity != "channel":
             continue
-        grid = fit_quantizer(site, values[exchange.site])
+        values, importance = seen.values[exchange.site], seen.importance.get(exchange.site)
+        grid = fit_quantizer(site, values, importance)
         assert isinstance(grid, UniformQuantizer)
         assert grid.scale is not None
         assert grid.zero_point is not None
@@ -142,9 +145,12 @@ def reparametrize(
         if how == "searched":
             moves.append((torch.ones_like(centre), torch.zeros_like(centre)))
             weights = [(linear, planned.get(f"{name}.weight")) for name, linear in exchange.takers.items()]
-            rows = values[exchange.site].flatten(0, -2)
-            rows = rows[:: -(-len(rows) // _TRIAL_ROWS)]
-            errors = [_product_error(rows, ratio, offset, site, weights) for ratio, offset in moves]
+            counts = values.new_ones(()) if importance is None else importance
+            counts = counts.expand(*values.shape[:-1], 1).flatten(0, -2)
+            rows = values.flatten(0, -2)
+            every = -(-len(rows) // _TRIAL_ROWS)
+            trial = rows[::every], counts[::every]
+            errors = [_product_error(*trial, ratio, offset, site, weights) for ratio, offset in moves]
             moves = [moves[errors.index(min(errors))]]
         exchange.rescale(*moves[0])
     return list(planned.values())
@@ -157,31 +163,39 @@ _TRIAL_ROWS = 512
 
 def _product_error(
     rows: Tensor,
+    importance: Tensor,
     ratio: Tensor,
     offset: Tensor,
     site: PlannedSite,
     weights: Sequence[tuple[QuantizedLinear, PlannedSite | None]],
 ) -> float:
-    """Squared error of what the takers give if `rows` were rescaled, every token counting alike; rows: [R, C]."""
+    """Squared error of what the takers give if `rows` were rescaled, relative to what each row gives.
+
+    rows: [R, C]; importance: [R, 1].
+    """
     scaled = rows / ratio + offset
-    rounded = fit_quantizer(site, scaled)(scaled)
+    rounded = fit_quantizer(site, scaled, importance)(scaled)
     error = torch.zeros(())
     for linear, planned in weights:
         weight = linear.weight * ratio
         exact = scaled @ weight.T
         size = (rows @ linear.weight.T).square().sum(-1).clamp(min=torch.finfo(rows.dtype).tiny)
         found = rounded @ (weight if planned is None else fit_quantizer(planned, weight)(weight)).T
-        error = error + ((found - exact).square().sum(-1) / size).mean()
+        error = error + ((found - exact).square().sum(-1) / size * importance[:, 0]).mean()
     return float(error)
 
 
 def fit_quantizer(planned: PlannedSite, values: Tensor, importance: Tensor | None = None) -> Quantizer:
-    """The quantizer that a site's settings and values ask for. Raises DfqError where there is none."""
+    """The quantizer that a site's settings and values ask for. Raises DfqError where there is none.
+
+    importance: how much a squared error in `values` counts, broadcast to them, beside what the settings say of it.
+    """
     settings = planned.settings
+    weights = 1.0 if importance is None else importance
     if settings.range == "token_mse":
-        importance = capture.token_importance(values)
+        importance = weights * capture.token_importance(values)
     elif settings.range == "probability_mse":
-        importance = values.sum(-1, keepdim=True).clamp(min=1).pow(-2)
+        importance = weights * values.sum(-1, keepdim=True).clamp(min=1).pow(-2)
     candidates = settings.build(planned.bits, is_weight=planned.site.is_weight)
     if settings.outliers is not None:
         channels = outlier_channels(values, settings.outliers)
@@ -211,9 +225,12 @@ def fit_sites(network: nn.Module, sites: Iterable[PlannedSite], seen: Observed) 
         elif name == POSITION_EMBEDDING:
             values = network.get_parameter(name)
         else:
-            values = seen.values[name]
+            values, importance = seen.values[name], seen.importance.get(name)
         if name == PATCH_TOKENS:
-            values = torch.cat([tokens.flatten(0, -2) for tokens in (values, *joined_tokens(network))])
+            joined = [tokens.flatten(0, -2) for tokens in joined_tokens(network)]
+            values = torch.cat([values.flatten(0, -2), *joined])
+            if importance is not None:
+                importance = torch.cat([importance, *[importance.new_ones(len(tokens), 1) for tokens in joined]])
         fitted[name] = fit_quantizer(p, values, importance)
     return fitted
 

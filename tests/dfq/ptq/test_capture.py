@@ -143,3 +143,17 @@ def test_the_largest_tokens_are_kept_whatever_is_drawn() -> None:
     values = sample.values()
     assert (values.amin(), values.amax()) == (-100.0, 90.0)
     assert len(values) <= capture.SAMPLE_ELEMENTS // 8 + 2
+    # Both large ones stand for themselves, those drawn for all others; values alike in size are far more than two.
+    assert sample.importance().shape == (len(values), 1)
+    counts = sample.importance()[:, 0].square()
+    assert counts.sum().item() == pytest.approx(2 * capture.SAMPLE_ELEMENTS // 8)
+    drawn = capture.SAMPLE_ELEMENTS // 8
+    assert counts[:drawn].tolist() == pytest.approx([(2 * drawn - (len(values) - drawn)) / drawn] * drawn)
+    assert counts[drawn:].tolist() == [1.0] * (len(values) - drawn)
+
+
+def test_where_every_row_is_taken_all_count_alike() -> None:
+    sample = Sample(2.0, seed=0, largest=16)
+    for _ in range(2):
+        sample.add(torch.randn(1, 3, 5, 2))  # [1, 3 heads, 5 tokens, 2]
+    assert sample.importance().tolist() == [[[[1.0]]]] * 10

@@ -47,6 +47,21 @@ def test_the_quantizer_with_the_least_error_is_taken() -> None:
     assert type(fitted(attention, 4, quantizer="least_error", split="magnitude")) is LogQuantizer
 
 
+@pytest.mark.parametrize("search", ["mse", "token_mse", "probability_mse"])
+@pytest.mark.parametrize("kind", ["uniform", "least_error"])
+def test_a_row_that_counts_for_five_is_as_good_as_five(search: str, kind: str) -> None:
+    settings: dict[str, Any] = {"quantizer": kind, "range": search} | ({} if kind == "uniform" else {"split": "sign"})
+    planned = PlannedSite(Site("blocks.0.attn", "softmax"), 4, SiteSettings(**settings))
+    rows = nn.functional.gelu(randn(60, 16) * torch.linspace(0.5, 6, 60)[:, None])
+    counts = torch.ones(60, 1)
+    counts[:20] = 5.0
+    repeated = torch.cat([rows, *[rows[:20]] * 4])
+    x = torch.linspace(-0.17, 15, 500)
+    found, alike = fit_quantizer(planned, rows, counts)(x), fit_quantizer(planned, rows)(x)
+    torch.testing.assert_close(found, fit_quantizer(planned, repeated)(x))
+    assert not torch.allclose(found, alike)
+
+
 @pytest.mark.parametrize(("split", "bits"), [("magnitude", 4), ("magnitude", 8), ("sign", 3), ("sign", 8)])
 def test_no_single_quantizer_has_a_smaller_error(split: str, bits: int) -> None:
     x = randn(400, 16) * 3
