@@ -134,7 +134,7 @@ def _check_weights(qmodel: QuantizedModel) -> None:
     if odd:
         raise DfqError(
             f"{len(odd)} weights, {odd[0]} the first, are not on a uniform grid, and ONNX has no integers "
-            'them; quantize with quantizer = "uniform" for weights, as recipe deploy does'
+            'for them; quantize with quantizer = "uniform" for weights, as recipe deploy does'
         )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 import dfq
 from calibration.calibration_set import CalibrationSet
+from dfq import reference as embedded
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
 from dfq.onnx_check import check_graph
@@ -98,6 +103,22 @@ def test_the_file_says_what_it_is(exported: dfq.Export, quantized: QuantizedMode
     assert exported.size == exported.path.stat().st_size
     # Not where on this machine the code lies that made it.
     assert str(Path(dfq.__file__).parent).encode() not in exported.path.read_bytes()
+
+
+def test_the_program_of_the_page_runs_without_dfq_and_pytorch(exported: dfq.Export, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    shutil.copy(exported.path, tmp_path / "vit.onnx")
+    images, labels = embedded.digits("test")
+    # Larger than the model takes and not square, as photographs are.
+    picture = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((128, 128))
+    ImageOps.pad(picture, (160, 128)).save(tmp_path / "photograph.jpg")
+    hidden = "import sys\nsys.modules |= dict.fromkeys(['torch', 'dfq', 'timm', 'torchvision'])\n"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"classes: [{labels[0].item()} ")
 
 
 def test_what_is_said_of_an_export(exported: dfq.Export) -> None:
