@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("dfq: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = arguments.command in (_generate, _quantize)
+        print(f"dfq: interrupted{'; the same command goes on where it stopped' if goes_on else ''}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (head, less) has gone: not a failure, and nothing more can be printed.

@@ -110,13 +110,18 @@ def export(
 
 
 def export_network(model: Model | QuantizedModel, path: Path | str) -> None:
-    """Write any model as ONNX, a full-precision one with its weights as they are, without a check: for measuring speed.
+    """Write any model as ONNX without a check, a full-precision one with its weights as they are: to measure speed.
 
     Raises DfqError where a package is missing or the file cannot be written.
     """
     _require_packages()
-    network = standardize(model.module, model.sites)[0] if isinstance(model, QuantizedModel) else model.module
-    _write(_graph(model, network, OPSETS[0]).SerializeToString(), Path(path))
+    if isinstance(model, QuantizedModel):
+        network, _ = standardize(model.module, model.sites)
+        graph = _graph(model, network, OPSETS[0])
+        _pack_nibbles(graph, network)
+    else:
+        graph = _graph(model, model.module, OPSETS[0])
+    _write(graph.SerializeToString(), Path(path))
 
 
 def _require_packages() -> None:

@@ -49,6 +49,8 @@ def test_interrupted(
     monkeypatch.setattr(dfq, "load_model", interrupt, raising=False)
     assert status("generate", "reference", "--out", tmp_path / "out") == 130
     assert capsys.readouterr().err == "dfq: interrupted; the same command goes on where it stopped\n"
+    assert status("evaluate", "reference") == 130
+    assert capsys.readouterr().err == "dfq: interrupted\n"
 
 
 def test_repeated_calls_say_everything_once_and_leave_logging_alone(
