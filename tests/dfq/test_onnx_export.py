@@ -63,7 +63,7 @@ def test_weights_are_the_integers_that_were_evaluated(exported: dfq.Export, quan
     assert onnx.numpy_helper.to_array(tensors["blocks.0.mlp.fc1.weight.scale"]).tolist() == (
         layer.weight_quantizer.scale.tolist()
     )
-    # The ends have 8 bits.
+    # The ends have more bits.
     assert tensors["head.weight.integers"].data_type == onnx.TensorProto.INT8
 
 
