@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calibration.initial import initial_images
 from dfq.errors import DfqError
-from dfq.onnx_layers import is_pair
+from dfq.onnx_layers import pair_sites
 from dfq.ptq.engine import QuantizedModel
 from quantizers import OutlierQuantizer, Quantizer
 
@@ -82,7 +82,7 @@ def check_graph(content: bytes, qmodel: QuantizedModel, *, num_images: int = 8, 
     images = initial_images(
         "leaves", num_images, wanted.image_size, torch.Generator().manual_seed(seed), wanted.mean, wanted.std
     )
-    sites = {name: quantizer for name, quantizer in qmodel.sites.items() if _has_pair(name, quantizer)}
+    sites = {name: qmodel.sites[name] for name in pair_sites(qmodel.module, qmodel.sites)}
     single, codes_single = _model_run(qmodel.module, images.to(qmodel.device), sites)
     double, codes_double = _model_run(copy.deepcopy(qmodel.module).double(), images.double().to(qmodel.device), sites)
     found, codes_found = _graph_run(content, images, list(sites))
@@ -105,13 +105,6 @@ def check_graph(content: bytes, qmodel: QuantizedModel, *, num_images: int = 8, 
         )
     same = (found.argmax(1) == single.argmax(1)).double().mean().item()
     return Agreement(num_images, 100 * same, _sqnr_db(found, single), _sqnr_db(single, double), _sqnr_db(fused, single))
-
-
-def _has_pair(name: str, quantizer: Quantizer) -> bool:
-    """Whether the graph has integers of this site."""
-    if name.endswith(".weight") or "." not in name:
-        return False
-    return is_pair(quantizer.main if isinstance(quantizer, OutlierQuantizer) else quantizer)
 
 
 def _model_run(network: nn.Module, images: Tensor, sites: Mapping[str, Quantizer]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -191,22 +191,26 @@ class StandardConv2d(nn.Module):
         return out
 
 
+def pair_sites(module: nn.Module, sites: Mapping[str, Quantizer]) -> list[str]:
+    """The activations that become QuantizeLinear and DequantizeLinear; the others stay elementary operations.
+
+    module, sites: of `QuantizedModel`.
+    """
+    return [name for name in _activations(sites) if is_pair(sites[name]) or _is_split(module, name, sites[name])]
+
+
 def standardize(module: nn.Module, sites: Mapping[str, Quantizer]) -> tuple[nn.Module, list[str]]:
     """A copy of an adapted network with the operators of ONNX in place of its quantizers.
 
-    sites: of `QuantizedModel`. Also gives the names of those sites that stay elementary operations.
+    module, sites: of `QuantizedModel`. Also gives the names of those activations that stay elementary operations.
     """
     network = copy.deepcopy(module)
-    elementary = []
-    for name, quantizer in sites.items():
+    pairs = pair_sites(module, sites)
+    for name in pairs:
         path, _, slot = name.rpartition(".")
-        owner = network.get_submodule(path)
-        if slot == "weight" or not path:
-            continue  # Integers already, or a parameter on its grid.
+        quantizer = sites[name]
         if is_pair(quantizer):
-            setattr(owner, slot, QuantizeDequantize(quantizer, name))
-        elif not (isinstance(owner, QuantizedLinear) and slot == "input" and _is_split(quantizer)):
-            elementary.append(name)
+            setattr(network.get_submodule(path), slot, QuantizeDequantize(quantizer, name))
     for parent_path, parent in list(network.named_modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, QuantizedConv2d):
@@ -214,10 +218,15 @@ def standardize(module: nn.Module, sites: Mapping[str, Quantizer]) -> tuple[nn.M
             elif isinstance(layer, QuantizedLinear):
                 site = f"{parent_path}.{name}.input".lstrip(".")
                 standard = StandardLinear(layer)
-                if isinstance(layer.input, Quantizer) and _is_split(layer.input):
+                if isinstance(layer.input, OutlierQuantizer) and site in pairs:
                     standard = SplitLinear(layer, layer.input, site)
                 setattr(parent, name, standard)
-    return network.eval(), elementary
+    return network.eval(), [name for name in _activations(sites) if name not in pairs]
+
+
+def _activations(sites: Mapping[str, Quantizer]) -> list[str]:
+    """Neither weights, which are integers already, nor parameters that were put on their grid for good."""
+    return [name for name in sites if "." in name and not name.endswith(".weight")]
 
 
 def is_pair(quantizer: Quantizer) -> TypeGuard[UniformQuantizer]:
@@ -228,9 +237,11 @@ def is_pair(quantizer: Quantizer) -> TypeGuard[UniformQuantizer]:
     return isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerTensor)
 
 
-def _is_split(quantizer: Quantizer) -> TypeGuard[OutlierQuantizer]:
-    """Whether the channels this quantizer of a linear's input keeps apart can have a product of their own."""
-    return isinstance(quantizer, OutlierQuantizer) and is_pair(quantizer.main)
+def _is_split(module: nn.Module, name: str, quantizer: Quantizer) -> bool:
+    """Whether this is the input of a linear, and channels kept apart there can have a product of their own."""
+    path, _, slot = name.rpartition(".")
+    is_input = isinstance(module.get_submodule(path), QuantizedLinear) and slot == "input"
+    return is_input and isinstance(quantizer, OutlierQuantizer) and is_pair(quantizer.main)
 
 
 def _weight(layer: QuantizedLayer, channels: Tensor | None) -> nn.Module:

@@ -93,6 +93,23 @@ def test_the_network_computes_the_same(
         assert any(name.endswith("blocks.0.attn.q") for name in elementary)
 
 
+def test_channels_apart_elsewhere_stay_elementary(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """Only a linear has a product that those channels can be taken out of."""
+    model = tiny()
+    model.module.blocks[0].attn.qkv.weight[:1] *= 1000
+    sites = {"blocks.0.attn.q": {"quantize": True, "outliers": 20.0}}
+    content = {"activations": {"quantize": False, "range": "mse"}, "sites": sites}
+    recipe = recipe_from_dict(content, name="test", where="test")
+    quantized = dfq.quantize(model, "w8a8", calibration=images_for(), recipe=recipe, progress=False)
+    assert isinstance(quantized.sites["blocks.0.attn.q"], OutlierQuantizer)
+    network, elementary = standardize(quantized.module, quantized.sites)
+    assert elementary == ["blocks.0.attn.q"]
+    x, _ = next(images_for().batches(5, torch.device("cpu")))
+    torch.testing.assert_close(network(x), quantized(x), rtol=1e-3, atol=1e-3)
+
+
 def test_grids_that_onnx_lacks_are_left_and_named(
     tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
 ) -> None:
