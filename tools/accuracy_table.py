@@ -9,6 +9,7 @@ so a run that was stopped goes on. --markdown makes nothing and prints the table
 The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves). Other
 rows are METHOD[/SCHEDULE][@ITERATIONS], such as `natural`, `psaq/smi` or `smi@4000`; their sets lie beside --results.
 SOURCE:N calibrates on N images; without it on as many as the recipe asks for.
+What a line has as `mark` stands behind its cell, for a page that explains it.
 --generate-only makes the sets and no cell: alone on a machine, for the seconds; the cells may then share it.
 """
 
@@ -305,7 +306,7 @@ def cell_text(line: dict[str, Any] | None, usual_images: int) -> str:
         return "-"
     low, high = line["drop_ci95"]
     fewer = "" if line["num_images"] == usual_images else f" ({line['num_images']} images)"
-    return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %{fewer}"
+    return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %{fewer}{line.get('mark', '')}"
 
 
 def argument_parser(description: str | None, *, results: str, images: str) -> argparse.ArgumentParser:

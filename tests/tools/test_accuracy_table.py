@@ -49,7 +49,7 @@ def line(**changes: Any) -> dict[str, Any]:
 def test_a_row_is_a_recipe_with_its_images_and_a_column_a_pair_of_bits(tool: Any) -> None:
     lines = [
         line(),
-        line(bits="w4a8", drop=4.0, quantize_seconds=5.0),
+        line(bits="w4a8", drop=4.0, quantize_seconds=5.0, mark="†"),
         line(recipe="folder/mine.toml", source="real:64", calibration_images=64, iterations=0, generate_seconds=0.0),
         line(recipe="folder/mine.toml", source="real", bits="w4a8", drop=0.04, iterations=0, generate_seconds=0.0),
     ]
@@ -57,7 +57,7 @@ def test_a_row_is_a_recipe_with_its_images_and_a_column_a_pair_of_bits(tool: Any
     assert table == [
         "| recipe | calibration | s | W8A8 | W4A8 |",
         "|---|---|---|---|---|",
-        "| `paper` | 32 `smi`, 500 iterations | 61 + 5 | 1.0 [-0.5, 2.5]; 95.0 % | 4.0 [-0.5, 2.5]; 95.0 % |",
+        "| `paper` | 32 `smi`, 500 iterations | 61 + 5 | 1.0 [-0.5, 2.5]; 95.0 % | 4.0 [-0.5, 2.5]; 95.0 %† |",
         "| `mine` | 64 `real` | 0 + 3 | 1.0 [-0.5, 2.5]; 95.0 % | - |",
         "| `mine` | 32 `real` | 0 + 3 | - | 0.0 [-0.5, 2.5]; 95.0 % |",
     ]
