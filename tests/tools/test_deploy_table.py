@@ -77,3 +77,23 @@ def test_networks_take_turns(load_tool: Callable[[str], ModuleType]) -> None:
     table = comparison.to_markdown([line])
     assert "| tiny | NNCF int8 | 1.3 [0.0, 2.0] | 97.0 % | 20.0 | 4.0 | 60.0 |" in table
     assert "instruction sets unknown" in table
+
+
+def test_the_speed_table_has_a_row_for_each_runtime(load_tool: Callable[[str], ModuleType]) -> None:
+    load_tool("accuracy_table")
+    bench: Any = load_tool("bench_table")
+    row = {
+        **{"runtime": "openvino", "bits": "w8a8", "size": 6_080_000, "latency_ms": 4.04, "latency_p95_ms": 5.0},
+        "timings": [{"batch_size": 1, "images_per_second": 247.5}, {"batch_size": 16, "images_per_second": 300.0}],
+        "speedup_over_pytorch_fp32": {"latency": 4.0, "throughput": 6.0},
+        "speedup_over_fp32": {"latency": 2.0, "throughput": 2.5},
+    }
+    line = {
+        **{"model": "tiny", "bits": "w8a8", "image_size": [224, 224], "rows": [row], "repeats": 5, "threads": 2},
+        **{"seed": 0, "machine": {"cpu": "a processor", "cores": 2, "instruction_sets": ["avx2"]}, "notes": ["slow"]},
+        "versions": {"openvino": "1"},
+    }
+    table = bench.to_markdown([line])
+    assert "| in | bits | MB | ms, batch 1 (p95) | images/s, batch 1 | images/s, batch 16 |" in table
+    assert "| openvino | w8a8 | 6.1 | 4.0 (5.0) | 247.5 | 300.0 | 4.00, 6.00 | 2.00, 2.50 |" in table
+    assert "a processor, 2 cores (avx2); openvino 1. slow." in table
