@@ -33,11 +33,11 @@ from accuracy_table import (
     shown,
     unfinished,
 )
-from dfq.machine import this_machine
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import dfq
+from dfq.machine import this_machine
 from dfq.runtime import RUNTIMES, integer_products
 
 KEY = ("model", "recipe", "bits", "seed")
