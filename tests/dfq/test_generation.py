@@ -23,6 +23,8 @@ from dfq.generation import describe_run
 from dfq.models import Model
 from dfq.options import build_parser
 
+COMMANDS = ("generate", "quantize", "sensitivity", "evaluate", "export", "bench", "list", "demo")
+
 
 def made(model: Model, method: str = "smi", num_images: int = 3, **changes: Any) -> CalibrationSet:
     return dfq.generate(model, method, num_images, **{"iterations": 3, "batch_size": 2, "progress": False} | changes)
@@ -224,7 +226,7 @@ def test_the_run_says_in_which_precision_it_was_made(reference: Model) -> None:
 
 def test_the_command_has_the_defaults_of_the_function() -> None:
     """They stand twice, because the options must not wait for torch."""
-    commands = dict.fromkeys(("generate", "quantize", "sensitivity", "evaluate", "list", "demo"), lambda _: None)
+    commands = dict.fromkeys(COMMANDS, lambda _: None)
     given = build_parser(commands).parse_args(["generate", "reference", "--out", "somewhere"])
     defaults = {name: parameter.default for name, parameter in inspect.signature(dfq.generate).parameters.items()}
     options = {name: name for name in defaults} | {"initial": "init"}
