@@ -64,7 +64,7 @@ def machine_of(cpuinfo: str) -> Machine:
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
+    name = fields.get("model name") or platform.machine()
     flags = fields.get("flags") or fields.get("Features")
     told = None if flags is None else tuple(entry for entry in _TOLD if entry in flags.split())
     return Machine(name, os.cpu_count() or 1, told)
