@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -258,7 +259,7 @@ class _OpenVino:
 
     def __init__(self, package: Any, file: Path, threads: int | None) -> None:
         self._file = file
-        core = package.Core()
+        core = _core(package)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -281,6 +282,16 @@ class _OpenVino:
         # fused, and known from the file.
         fused = count_products(_read(self._file)).all - layers.total()
         return Products(layers["u8"] + layers["i8"], layers.total(), fused=max(0, fused))
+
+
+@cache
+def _core(openvino: Any) -> Any:
+    """One for the process. Each core gives the thread a stack for its signal handlers and takes it away in the end.
+
+    Cores that do not end in the reverse of the order they began in leave the thread a stack that is gone, and the next
+    signal that is handled there (SIGCHLD, after a `DataLoader` with workers) ends the process.
+    """
+    return openvino.Core()
 
 
 def count_products(model: Any) -> Products:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,27 @@ def test_logits_stay_when_the_next_batch_is_run(
     kept = first.copy()
     model.run(random_images(3, seed=1))
     np.testing.assert_array_equal(first, kept)
+
+
+def test_models_closed_in_any_order_leave_signals_a_place_to_be_handled(
+    row_means: Any, described: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where OpenVINO's are closed in the order they were opened, it can leave a process that the next signal ends."""
+    path = row_means.write(tmp_path / "m.onnx", described)
+    program = f"""
+import gc, signal, subprocess
+from dfq.runtime import open_model
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's DataLoader does when it has workers
+first, second = (open_model({str(path)!r}, "openvino", threads=1) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 def test_images_that_are_not_contiguous_or_not_float32(
