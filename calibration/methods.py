@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -302,11 +302,12 @@ def generate(
     on_step: Callable[[int, Progress], None] | None = None,
     class_names: Sequence[str] | None = None,
     trace: bool = False,
-) -> CalibrationSet:
-    """All batches of `plan`; those `folder` already holds are read, the others are made and kept there.
+) -> Iterator[CalibrationSet]:
+    """The batches of `plan`, one by one; those `folder` already holds are read, the others are made and kept there.
 
-    run: what the images depend on, `plan.describe` and the model, for the record.
-    class_names: for the captions of `preview.png`; trace: leave `trace.png` of the first batch in the folder too.
+    With the last one the set in the folder is finished. run: what the images depend on, `plan.describe` and the model,
+    for the record. class_names: for the captions of `preview.png`; trace: leave `trace.png` of the first batch in the
+    folder too.
     """
     check_method(vit, plan)
     parts = []
@@ -330,8 +331,7 @@ def generate(
                     canvas_labels = part.labels[:: plan.composed.schedule.images_per_canvas]
                     write_trace(watched, folder.path / "trace.png", labels=canvas_labels, class_names=class_names)
         parts.append(part)
-    whole = concatenate(parts)
-    if folder is not None:
-        write_preview(whole, folder.path / "preview.png", class_names)
-        folder.finish(parts)
-    return whole
+        if folder is not None and batch == len(plan.batches) - 1:
+            write_preview(concatenate(parts), folder.path / "preview.png", class_names)
+            folder.finish(parts)
+        yield part

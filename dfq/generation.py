@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import calibration
 from calibration import CalibrationSet, Method, PatchSchedule, Plan, ProgressiveStop, Rebirth
-from calibration.calibration_set import SetFolder
+from calibration.calibration_set import SetFolder, concatenate
 from calibration.inversion import Progress
 from calibration.methods import DEFAULT_METHOD, METHODS, SCHEDULES
 from calibration.passes import Precision, resolve_precision
@@ -135,6 +135,25 @@ def run_plan(
     progress: bool = True,
 ) -> CalibrationSet:
     """`generate`, with everything about the images in a plan."""
+    started = time.monotonic()
+    made = concatenate(list(batches(model, plan, trace=trace, out=out, overwrite=overwrite, progress=progress)))
+    log.info("%s: %d images in %.1f s", plan.name, len(made), time.monotonic() - started)
+    return made
+
+
+def batches(
+    model: Model,
+    plan: Plan,
+    *,
+    trace: bool = False,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Iterator[CalibrationSet]:
+    """The batches of `run_plan`, each when it is asked for; the set in `out` is whole with the last one.
+
+    What is wrong with the model, the plan or `out` is told before the first one is made.
+    """
     check_invertible(model.name, model.module)
     mean, std = model.preprocessing.mean, model.preprocessing.std
     run = describe_run(model, plan)
@@ -149,35 +168,35 @@ def run_plan(
     if trace and method.schedule is None:
         log.warning("%s inverts nothing, so there is no trace", plan.name)
 
-    iterations = 1 if method.schedule is None else method.settings.iterations
-    started = time.monotonic()
-    # One bar for the whole run: what is left is what a person wants to know.
-    total = len(plan.batches) * iterations
-    with tqdm(total=total, desc=plan.name, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
+    def making() -> Iterator[CalibrationSet]:
+        iterations = 1 if method.schedule is None else method.settings.iterations
+        # One bar for the whole run: what is left is what a person wants to know.
+        total = len(plan.batches) * iterations
+        with tqdm(total=total, desc=plan.name, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
 
-        def on_step(batch: int, step: Progress) -> None:
-            bar.n = batch * iterations + step.iteration
-            bar.set_postfix_str(
-                f"batch {batch + 1}/{len(plan.batches)}, loss {step.loss:.3f}, "
-                f"confidence {step.confidence:.0%}, {step.kept_patches} patches",
-                refresh=False,
+            def on_step(batch: int, step: Progress) -> None:
+                bar.n = batch * iterations + step.iteration
+                bar.set_postfix_str(
+                    f"batch {batch + 1}/{len(plan.batches)}, loss {step.loss:.3f}, "
+                    f"confidence {step.confidence:.0%}, {step.kept_patches} patches",
+                    refresh=False,
+                )
+                bar.refresh()
+
+            yield from calibration.generate(
+                model.module,
+                plan,
+                mean=mean,
+                std=std,
+                run=run,
+                folder=folder,
+                on_step=None if bar.disable else on_step,
+                class_names=_captions(model),
+                trace=trace,
             )
-            bar.refresh()
+            bar.update(total - bar.n)
 
-        made = calibration.generate(
-            model.module,
-            plan,
-            mean=mean,
-            std=std,
-            run=run,
-            folder=folder,
-            on_step=None if bar.disable else on_step,
-            class_names=_captions(model),
-            trace=trace,
-        )
-        bar.update(total - bar.n)
-    log.info("%s: %d images in %.1f s", plan.name, len(made), time.monotonic() - started)
-    return made
+    return making()
 
 
 def _captions(model: Model) -> tuple[str, ...] | None:

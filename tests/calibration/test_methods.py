@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from calibration import METHODS, check_method, generate, inversion, load_calibration_set, memory, methods
 from calibration.augment import RollAndFlip
-from calibration.calibration_set import CalibrationSet, SetFolder, normalise
+from calibration.calibration_set import CalibrationSet, SetFolder, concatenate, normalise
 from calibration.errors import DfqError
 from calibration.initial import INITIAL
 from calibration.inversion import Progress, Settings
@@ -50,7 +50,7 @@ def run_of(vit: VisionTransformer, plan: Plan) -> dict[str, Any]:
 def make(vit: VisionTransformer, plan: Plan, out: Path | None = None, **arguments: Any) -> CalibrationSet:
     run = run_of(vit, plan)
     folder = None if out is None else SetFolder(out, run, VERSIONS)
-    return generate(vit, plan, mean=MEAN, std=STD, run=run, folder=folder, **arguments)
+    return concatenate(list(generate(vit, plan, mean=MEAN, std=STD, run=run, folder=folder, **arguments)))
 
 
 def one(vit: VisionTransformer, plan: Plan, batch: int) -> CalibrationSet:

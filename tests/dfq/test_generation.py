@@ -201,10 +201,14 @@ def test_nothing_is_printed_without_progress(reference: Model, capsys: pytest.Ca
 
 @pytest.mark.parametrize(("iterations", "told"), [(300, True), (301, False)])
 def test_a_budget_that_ends_before_the_last_stop_is_told(
-    iterations: int, told: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    iterations: int,
+    told: bool,
+    noise: CalibrationSet,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = dfq.load_model("reference")
-    monkeypatch.setattr("calibration.generate", lambda *_, **__: [None])  # the images are not the matter here
+    monkeypatch.setattr("calibration.generate", lambda *_, **__: [noise])  # the images are not the matter here
     with caplog.at_level("WARNING", "dfq"):
         dfq.generate(model, "smi", 1, iterations=iterations, schedule=ProgressiveStop((50, 100, 200, 300)))
     assert any(record.levelname == "WARNING" for record in caplog.records) is told

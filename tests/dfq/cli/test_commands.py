@@ -156,9 +156,9 @@ def test_as_many_images_as_the_recipe_says(
     Path("five.toml").write_text('num_images = 5\n[sites."*"]\nquantize = false\n')
     asked: list[int] = []
 
-    def generate(_module: object, plan: Plan, **_: object) -> CalibrationSet:
+    def generate(_module: object, plan: Plan, **_: object) -> list[CalibrationSet]:
         asked.append(plan.num_images)
-        return noise
+        return [noise]
 
     monkeypatch.setattr("calibration.generate", generate)
     command = ("quantize", "reference", "--recipe", "paper", "--device", "cpu", "--out", "out", "--quiet")

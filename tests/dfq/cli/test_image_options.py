@@ -50,9 +50,9 @@ def test_how_images_are_made(
     """What the options say, as the run describes itself; what they do not say is left as the method has it."""
     runs: list[dict[str, Any]] = []
 
-    def generate(*_: object, run: dict[str, Any], **__: object) -> CalibrationSet:
+    def generate(*_: object, run: dict[str, Any], **__: object) -> list[CalibrationSet]:
         runs.append(run)
-        return noise
+        return [noise]
 
     monkeypatch.setattr("calibration.generate", generate)
     if command == "quantize":

@@ -15,7 +15,7 @@ import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.models import Model
 from dfq.ptq.modules import QuantizedLayer, QuantizedLinear
-from dfq.ptq.reconstruct import Reconstructor, _LearnedRounding
+from dfq.ptq.reconstruct import Reconstructor
 from dfq.ptq.stages import Stage
 from dfq.recipe import Reconstruction, Rounding, load_recipe
 from quantizers import PerAxis, UniformQuantizer
@@ -153,27 +153,3 @@ def test_adaround_beats_rounding_to_nearest_by_rounding_up_or_down(
     low, high = (end.clamp(quantizer.qmin, quantizer.qmax) for end in (steps.floor(), steps.floor() + 1))
     assert bool(((layer.integers == low) | (layer.integers == high)).all())
     assert 0.05 < float((layer.integers != nearest).float().mean()) < 0.5
-
-
-def test_the_gradients_of_rounding_by_hand() -> None:
-    # Under scale 1 and integers 0..3: 0.4 becomes 0, 1.2 becomes 1, 9 is clipped to 3, -2 to 0.
-    x = torch.tensor([0.4, 1.2, 9.0, -2.0], requires_grad=True)
-    scale = torch.tensor(1.0, requires_grad=True)
-    low, high = torch.tensor(0.0), torch.tensor(3.0)
-    rounded = _LearnedRounding.apply(x, scale, low, high, None)
-    assert rounded.tolist() == [0.0, 1.0, 3.0, 0.0]
-    rounded.sum().backward()
-    assert x.grad is not None
-    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
-    # LSQ: round(v) - v where not clipped, the end of the range where clipped: -0.4 - 0.2 + 3 + 0.
-    assert float(scale.grad) == pytest.approx(2.4, abs=1e-6)
-
-
-def test_a_scale_per_channel_has_its_own_gradient() -> None:
-    x = torch.tensor([[0.4, 5.2], [1.2, 90.0]], requires_grad=True)
-    scale = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    rounded = _LearnedRounding.apply(x, scale, torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 3.0]]), [0])
-    assert rounded.tolist() == [[0.0, 6.0], [1.0, 6.0]]
-    rounded.sum().backward()
-    # Second channel: 5.2 / 2 = 2.6 rounds up by 0.4; 90 is clipped to 3 steps.
-    torch.testing.assert_close(scale.grad, torch.tensor([[-0.6, 3.4]]))
