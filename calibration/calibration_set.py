@@ -76,8 +76,7 @@ class CalibrationSet:
 
     @property
     def grid(self) -> PatchGrid:
-        rows, columns = self.mask.shape[1:]
-        return PatchGrid(rows, columns, self.images.shape[2] // rows, self.images.shape[3] // columns)
+        return PatchGrid.tiling(self.images, self.mask)
 
     @property
     def is_sparse(self) -> bool:

@@ -152,20 +152,20 @@ class Plan:
         )
 
     @property
-    def _images_per_canvas(self) -> int:
+    def images_per_canvas(self) -> int:
         schedule = self.composed.schedule
         return 1 if schedule is None else schedule.images_per_canvas
 
     @property
     def canvases(self) -> list[int]:
         """The number of canvases of each batch."""
-        full, rest = divmod(-(-self.num_images // self._images_per_canvas), self.batch_size)
+        full, rest = divmod(-(-self.num_images // self.images_per_canvas), self.batch_size)
         return [self.batch_size] * full + [rest] * bool(rest)
 
     @property
     def batches(self) -> list[int]:
         """The number of images of each batch: of the last canvas only as many as are wanted."""
-        counts = [canvases * self._images_per_canvas for canvases in self.canvases]
+        counts = [canvases * self.images_per_canvas for canvases in self.canvases]
         counts[-1] -= sum(counts) - self.num_images
         return counts
 

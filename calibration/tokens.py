@@ -38,6 +38,12 @@ class PatchGrid:
         height, width = patch_embed.patch_size
         return cls(rows, columns, height, width)
 
+    @classmethod
+    def tiling(cls, images: Tensor, mask: Tensor) -> PatchGrid:
+        """That of images [B, C, H, W] whose patches a mask [B, rows, columns] counts."""
+        rows, columns = mask.shape[1:]
+        return cls(rows, columns, images.shape[2] // rows, images.shape[3] // columns)
+
     @property
     def num_patches(self) -> int:
         return self.rows * self.columns

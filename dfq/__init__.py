@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calibration import CalibrationSet, load_calibration_set
     from dfq.benchmark import Bench, bench
     from dfq.checkpoint import load, save
+    from dfq.distillation import Distillation, distill
     from dfq.errors import DfqError
     from dfq.evaluation import Evaluation, evaluate
     from dfq.generation import generate, real_images
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dfq.ptq.sensitivity import Sensitivity, sensitivity
     from dfq.recipe import Recipe, load_recipe
     from dfq.runtime import RuntimeModel, integer_products, open_model
+    from dfq.transfer.student import load_student
+    from dfq.transfer.training import Training
 
 __version__ = "0.1.0"
 
@@ -38,6 +41,7 @@ _HOMES = {
     "Bench": "dfq.benchmark",
     "CalibrationSet": "calibration",
     "DfqError": "dfq.errors",
+    "Distillation": "dfq.distillation",
     "Evaluation": "dfq.evaluation",
     "Export": "dfq.onnx_export",
     "MixedPrecision": "dfq.ptq.mixed_precision",
@@ -47,7 +51,9 @@ _HOMES = {
     "Recipe": "dfq.recipe",
     "RuntimeModel": "dfq.runtime",
     "Sensitivity": "dfq.ptq.sensitivity",
+    "Training": "dfq.transfer.training",
     "bench": "dfq.benchmark",
+    "distill": "dfq.distillation",
     "evaluate": "dfq.evaluation",
     "export": "dfq.onnx_export",
     "generate": "dfq.generation",
@@ -56,6 +62,7 @@ _HOMES = {
     "load_calibration_set": "calibration",
     "load_model": "dfq.models",
     "load_recipe": "dfq.recipe",
+    "load_student": "dfq.transfer.student",
     "mixed_precision": "dfq.ptq.mixed_precision",
     "open_model": "dfq.runtime",
     "quantize": "dfq.ptq.engine",
@@ -68,6 +75,7 @@ __all__ = [
     "Bench",
     "CalibrationSet",
     "DfqError",
+    "Distillation",
     "Evaluation",
     "Export",
     "MixedPrecision",
@@ -77,8 +85,10 @@ __all__ = [
     "Recipe",
     "RuntimeModel",
     "Sensitivity",
+    "Training",
     "__version__",
     "bench",
+    "distill",
     "evaluate",
     "export",
     "generate",
@@ -87,6 +97,7 @@ __all__ = [
     "load_calibration_set",
     "load_model",
     "load_recipe",
+    "load_student",
     "mixed_precision",
     "open_model",
     "quantize",

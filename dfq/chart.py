@@ -45,22 +45,22 @@ def sensitivity_svg(found: Sensitivity) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
         f'height="{height}" font-family="ui-monospace, Menlo, Consolas, monospace" font-size="11" fill="{INK}">',
         f'<rect width="{width:.0f}" height="{height}" fill="#ffffff"/>',
-        _text(12, 22, "What each site costs, quantized alone", size=15),
-        _text(12, 40, found.describe().replace("  ", ", ")),
+        label(12, 22, "What each site costs, quantized alone", size=15),
+        label(12, 40, found.describe().replace("  ", ", ")),
         *_legend(found),
         *_bands(found, width),
     ]
     for exponent in range(low, high + 1):
         x = left + place(10.0**exponent)
         parts.append(f'<line x1="{x:.1f}" y1="{TOP - 4}" x2="{x:.1f}" y2="{bottom}" stroke="{FAINT}"/>')
-        parts += [_text(x, y, f"1e{exponent}", anchor="middle") for y in (TOP - 8, bottom + 15)]
+        parts += [label(x, y, f"1e{exponent}", anchor="middle") for y in (TOP - 8, bottom + 15)]
     columns = (left + BARS + 84, width - 12)
-    parts += [_text(x, TOP - 8, head, anchor="end") for x, head in zip(columns, ("KL, nats", "SQNR"), strict=True)]
+    parts += [label(x, TOP - 8, head, anchor="end") for x, head in zip(columns, ("KL, nats", "SQNR"), strict=True)]
     for row, site in enumerate(found.sites):
         y = TOP + ROW * row
         cost = site.cost
         sqnr = f"{cost.sqnr_db:.1f} dB" if math.isfinite(cost.sqnr_db) else "identical"
-        parts.append(_text(left - 8, y + 11, site.name, anchor="end"))
+        parts.append(label(left - 8, y + 11, site.name, anchor="end"))
         if cost.kl > 0:
             length = max(1.0, place(cost.kl))
             parts.append(
@@ -68,7 +68,7 @@ def sensitivity_svg(found: Sensitivity) -> str:
                 f'fill="{COLOURS[site.kind]}"><title>{escape(site.name)}, {site.bits} bits</title></rect>'
             )
         parts += [
-            _text(x, y + 11, text, anchor="end") for x, text in zip(columns, (f"{cost.kl:.1e}", sqnr), strict=True)
+            label(x, y + 11, text, anchor="end") for x, text in zip(columns, (f"{cost.kl:.1e}", sqnr), strict=True)
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -88,7 +88,7 @@ def _legend(found: Sensitivity) -> Iterator[str]:
     for kind, what in KINDS.items():
         if any(site.kind == kind for site in found.sites):
             yield f'<rect x="{x:.1f}" y="52" width="10" height="10" fill="{COLOURS[kind]}"/>'
-            yield _text(x + 15, 61, what)
+            yield label(x + 15, 61, what)
             x += 15 + LETTER * len(what) + 20
 
 
@@ -103,5 +103,6 @@ def _bands(found: Sensitivity, width: float) -> Iterator[str]:
             yield f'<rect y="{TOP + ROW * row}" width="{width:.0f}" height="{ROW}" fill="{BAND}"/>'
 
 
-def _text(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'
+def label(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start") -> str:
+    """A piece of text at a place, in pixels."""
+    return f'<text x="{x:.1f}" y="{y:g}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        goes_on = arguments.command in (_generate, _quantize)
+        goes_on = arguments.command in (_generate, _quantize, _distill)
         print(f"dfq: interrupted{'; the same command goes on where it stopped' if goes_on else ''}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -291,6 +291,60 @@ def _bench(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, result.to_dict())
 
 
+def _distill(arguments: argparse.Namespace) -> None:
+    import dfq
+    from dfq.checkpoint import is_quantized_model
+    from dfq.errors import UsageError
+    from dfq.transfer.student import load_student
+    from dfq.transfer.training import Training
+
+    quantized = is_quantized_model(arguments.student)
+    training = Training(
+        part=arguments.train,
+        steps=arguments.steps,
+        batch_size=arguments.train_batch_size,
+        temperature=arguments.temperature,
+        optimizer=arguments.opt or ("adamw" if quantized else "sgd"),
+        learning_rate=arguments.lr,
+        momentum=arguments.momentum,
+        weight_decay=arguments.weight_decay,
+        decay=arguments.sched,
+    )
+    arguments.batch_size = arguments.num_images
+    arguments.model = arguments.teacher
+    plan = _plan(arguments)
+    if quantized and (arguments.student_checkpoint or arguments.student_random_weights):
+        raise UsageError(f"{arguments.student} is a quantized model and has its weights; leave out those for it")
+    teacher = _model(arguments)
+    student: Any
+    if quantized:
+        student = dfq.load(arguments.student, device=teacher.device)
+    else:
+        student = load_student(
+            arguments.student,
+            teacher,
+            checkpoint=arguments.student_checkpoint,
+            random_weights=arguments.student_random_weights,
+            fresh_classifier=training.part == "linear",
+            seed=arguments.seed,
+        )
+    result = dfq.distill(
+        teacher,
+        student,
+        plan=plan,
+        rounds=arguments.rounds,
+        training=training,
+        calibration=arguments.calibration,
+        data=arguments.data_dir,
+        seed=arguments.seed,
+        out=arguments.out,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+    )
+    print(result.describe())
+    print(f"kept in {arguments.out}; curve.svg there shows how it went")
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from dfq.demo import demo
 
@@ -439,6 +493,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "export": _export,
     "bench": _bench,
+    "distill": _distill,
     "list": _list,
     "demo": _demo,
 }

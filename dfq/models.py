@@ -345,25 +345,13 @@ def load_model(
             raise UsageError("the image size of the reference model is fixed")
         if state is None and not random_weights:
             state = read_weights(reference.weights_path())
-        module: nn.Module = reference.build() if not random_weights else _seeded(reference.build, seed)
+        module: nn.Module = reference.build() if not random_weights else seeded(reference.build, seed)
         architecture = REFERENCE
         preprocessing = Preprocessing(reference.IMAGE_SIZE, reference.MEAN, reference.STD, crop_pct=1.0)
     else:
-        pretrained = state is None and not random_weights
-        architecture = name
-        if name.startswith(_HUBS):
-            architecture, saved = _on_hub(name)
-            arguments = saved | arguments
-        else:
-            _check_known(name)
-            if pretrained:
-                # Told before anything is downloaded.
-                check_invertible(name, _without_weights(name, arguments))
-        head = None if state is None else state.get(_head_weight(architecture))
-        if head is not None and head.dim() == 2:
-            arguments["num_classes"] = head.shape[0]
-        module = _seeded(lambda: _create(name, pretrained, arguments), seed)
-        check_invertible(name, module)
+        module, architecture, arguments = build_network(
+            name, state, arguments, random_weights=random_weights, seed=seed, check=check_invertible
+        )
         config = resolve_model_data_config(module)
         preprocessing = Preprocessing(
             image_size=PatchGrid.of(module).image_size,
@@ -373,7 +361,6 @@ def load_model(
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
         )
-        arguments |= {"num_classes": _num_classes(module)}
 
     if state is not None:
         load_into(module, state, name, checkpoint if checkpoint is not None else reference.weights_path())
@@ -394,7 +381,40 @@ def load_model(
     return Model(module.to(target), preprocessing, origin)
 
 
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def build_network(
+    name: str,
+    state: dict[str, Tensor] | None,
+    arguments: dict[str, Any],
+    *,
+    random_weights: bool,
+    seed: int,
+    check: Callable[[str, nn.Module], None],
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """(network, architecture, all arguments of its constructor) of a timm name or one on a hub.
+
+    state: of a checkpoint that is to be loaded into it, for the number of its classes; without one, and not
+    `random_weights`, timm's pretrained weights are there. check: raises for what cannot be used, before anything is
+    downloaded where that can be told.
+    """
+    pretrained = state is None and not random_weights
+    architecture = name
+    if name.startswith(_HUBS):
+        architecture, saved = _on_hub(name)
+        arguments = saved | arguments
+    else:
+        _check_known(name)
+        if pretrained:
+            # Told before anything is downloaded.
+            check(name, _without_weights(name, arguments))
+    head = None if state is None else state.get(_head_weight(architecture))
+    if head is not None and head.dim() == 2:
+        arguments = arguments | {"num_classes": head.shape[0]}
+    module = seeded(lambda: _create(name, pretrained, arguments), seed)
+    check(name, module)
+    return module, architecture, arguments | {"num_classes": _num_classes(module)}
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """`build()` with torch's global generator set for its time only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -169,6 +169,50 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
+    distill = _command(
+        commands,
+        "distill",
+        functions["distill"],
+        "teach a student what a teacher knows, without data",
+        "dfq distill vit_tiny_patch16_224 deit_tiny_patch16_224 --checkpoint teacher.safetensors "
+        "--student-checkpoint deit_tiny.safetensors --data-dir photographs --out student",
+    )
+    _model_options(distill, "the teacher", name="teacher")
+    distill.add_argument(
+        "student", metavar="STUDENT", help="a timm name of any classifier, or a folder that `dfq quantize` made"
+    )
+    weights = distill.add_mutually_exclusive_group()
+    weights.add_argument("--student-checkpoint", type=Path, metavar="FILE", help="weights of the student")
+    weights.add_argument("--student-random-weights", action="store_true", help="a student from scratch")
+    distill.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="labelled images, one folder per class, to measure both on"
+    )
+    distill.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="train on a set that `dfq generate` made, and make no other"
+    )
+    training = distill.add_argument_group("training")
+    training.add_argument(
+        "--train",
+        default="linear",
+        metavar="PART",
+        help="linear: a new classifier alone; last-K: also K layers below it; full (%(default)s)",
+    )
+    training.add_argument("--rounds", type=_positive, default=10, metavar="N", help="of images and steps (%(default)s)")
+    training.add_argument("--steps", type=_positive, default=100, metavar="N", help="per round (%(default)s)")
+    training.add_argument(
+        "--train-batch-size", type=_positive, default=128, metavar="N", help="images per step (%(default)s)"
+    )
+    training.add_argument(
+        "--temperature", type=_above_zero, default=20.0, metavar="X", help="of both distributions (%(default)s)"
+    )
+    training.add_argument("--opt", choices=("sgd", "adamw"), help="optimizer (sgd; of a quantized student adamw)")
+    training.add_argument("--lr", type=_above_zero, metavar="X", help="learning rate (one that suits the rest)")
+    training.add_argument("--momentum", type=_finite, default=0.9, metavar="X", help="of sgd (%(default)s)")
+    training.add_argument("--weight-decay", type=_finite, default=1e-4, metavar="X", help="(%(default)s)")
+    training.add_argument("--sched", choices=("cosine", "constant"), default="cosine", help="of the rate (%(default)s)")
+    _generation_options(distill, num_images=64, trace=False, method="smi", round_by_round=True)
+    _output_options(distill, "folder for the student, the pool, log and curve; one that was begun is continued")
+
     listing = _command(commands, "list", functions["list"], "say what there is", "dfq list methods")
     listing.add_argument("what", choices=("models", "methods", "recipes"))
     listing.add_argument(
@@ -205,9 +249,9 @@ def _bits_and_recipe(parser: argparse.ArgumentParser, bits: str) -> None:
     )
 
 
-def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> None:
+def _model_options(command: argparse.ArgumentParser, what: str = "a model", *, name: str = "model") -> None:
     command.add_argument(
-        "model", metavar="MODEL", help=f"{what}: a timm name, hf-hub:USER/REPO, local-dir:FOLDER, or reference"
+        name, metavar=name.upper(), help=f"{what}: a timm name, hf-hub:USER/REPO, local-dir:FOLDER, or reference"
     )
     weights = command.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: safetensors or a PyTorch state dict")
@@ -221,17 +265,24 @@ def _model_options(command: argparse.ArgumentParser, what: str = "a model") -> N
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all randomness (%(default)s)")
 
 
-def _generation_options(command: argparse.ArgumentParser, *, num_images: int | None = 32, trace: bool = True) -> None:
-    """num_images: the default, None for what the recipe says."""
-    group = command.add_argument_group("calibration images, where they are made")
-    group.add_argument("--method", default="natural", metavar="NAME", help="see `dfq list methods` (%(default)s)")
+def _generation_options(
+    command: argparse.ArgumentParser,
+    *,
+    num_images: int | None = 32,
+    trace: bool = True,
+    method: str = "natural",
+    round_by_round: bool = False,
+) -> None:
+    """num_images, method: the defaults, None for the number that the recipe says."""
+    group = command.add_argument_group("images, where they are made")
+    group.add_argument("--method", default=method, metavar="NAME", help="see `dfq list methods` (%(default)s)")
     group.add_argument(
         "-n",
         "--num-images",
         type=_positive,
         default=num_images,
         metavar="N",
-        help=f"how many ({'as the recipe says' if num_images is None else num_images})",
+        help=f"how many{' per round' * round_by_round} ({num_images or 'as the recipe says'})",
     )
     group.add_argument(
         "--iterations",
@@ -240,9 +291,15 @@ def _generation_options(command: argparse.ArgumentParser, *, num_images: int | N
         metavar="N",
         help="of inversion, per batch; auto: until its images are good enough, at most the method's own (%(default)s)",
     )
-    group.add_argument(
-        "-b", "--batch-size", type=_positive, default=32, metavar="N", help="canvases inverted together (%(default)s)"
-    )
+    if not round_by_round:  # Those of a round are.
+        group.add_argument(
+            "-b",
+            "--batch-size",
+            type=_positive,
+            default=32,
+            metavar="N",
+            help="canvases inverted together (%(default)s)",
+        )
     group.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the model's passes (%(default)s)"
     )

@@ -23,7 +23,7 @@ from dfq.generation import describe_run
 from dfq.models import Model
 from dfq.options import build_parser
 
-COMMANDS = ("generate", "quantize", "sensitivity", "evaluate", "export", "bench", "list", "demo")
+COMMANDS = ("generate", "quantize", "sensitivity", "evaluate", "export", "bench", "distill", "list", "demo")
 
 
 def made(model: Model, method: str = "smi", num_images: int = 3, **changes: Any) -> CalibrationSet:

@@ -1,0 +1,1 @@
+"""Data-free knowledge transfer: a student trained on what a teacher makes of images that came from the teacher."""

@@ -1,0 +1,265 @@
+"""What of a student is trained, and one step of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfq.errors import DfqError, UsageError
+from dfq.models import Model
+from dfq.ptq.engine import QuantizedModel
+from dfq.ptq.tuning import Tuned, tunable
+from dfq.recipe import Reconstruction
+from dfq.transfer.pool import BATCH, Pool, View, of_one_size
+
+Optimizer = Literal["sgd", "adamw"]
+Decay = Literal["cosine", "constant"]
+
+_LAST = re.compile(r"last-([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student is trained.
+
+    part: `linear`, the classifier alone (SMI, section 4.3); `last-K`, also the last K layers below it, as timm groups
+    them: blocks, in a ViT; `full`, everything. steps: per round; batch_size: images per step; temperature: of both
+    distributions in the Kullback-Leibler divergence, which is multiplied by its square (Hinton et al., 2015);
+    learning_rate: at the start, None for one that suits the rest; decay: of the rate over the whole run.
+
+    Raises UsageError for what cannot be meant.
+    """
+
+    part: str = "linear"
+    steps: int = 100
+    batch_size: int = 128
+    temperature: float = 20.0
+    optimizer: Optimizer = "sgd"
+    learning_rate: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay: Decay = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.part not in ("linear", "full") and not _LAST.fullmatch(self.part):
+            raise UsageError(f"cannot train {self.part!r} of a student: choose linear, full or last-K (last-2)")
+        for name, known in (("optimizer", get_args(Optimizer)), ("decay", get_args(Decay))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"the temperature must be a positive number, not {self.temperature}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"the learning rate must be a positive number, not {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"the momentum must be at least 0 and below 1, not {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"the weight decay must be 0 or more, not {self.weight_decay}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def share(self, step: int, steps: int) -> float:
+        """Of the learning rate that is left at `step` of `steps`."""
+        return 1.0 if self.decay == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence from teacher to student, in nats, times the temperature squared: [B].
+
+    student, teacher: logits [B, C].
+    """
+    wanted = F.log_softmax(teacher / temperature, dim=-1)
+    found = F.log_softmax(student / temperature, dim=-1)
+    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def check_part(student: Model | QuantizedModel, training: Training) -> None:
+    """Raise DfqError where the student cannot be trained like that."""
+    if isinstance(student, Model):
+        _chosen(student, training.part)
+    elif training.part != "full":
+        raise DfqError(f"a quantized student is trained in full, not {training.part}: give --train full")
+    elif training.optimizer != "adamw":
+        raise DfqError("a quantized student is trained by adamw: its parameters have units of their own")
+
+
+class Trainee:
+    """A student while it is trained.
+
+    groups: of parameters, each with its learning rate; kept: by name, all tensors that training changes. tuned: what is
+    open of a quantized student. classifier: where it alone is trained and is one linear layer; what enters it never
+    changes, and is computed once per image.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        groups: list[tuple[list[nn.Parameter], float]],
+        kept: dict[str, Tensor],
+        tuned: Tuned | None = None,
+        classifier: nn.Linear | None = None,
+    ) -> None:
+        self.view, self.groups, self.kept = view, groups, kept
+        self._tuned, self._classifier = tuned, classifier
+        self._features: list[Tensor] = []
+
+    def apply(self) -> None:
+        """Give a quantized student the weights as they are now."""
+        if self._tuned is not None:
+            self._tuned.apply()
+
+    def as_it_is_used(self, measure: Callable[[], float]) -> float:
+        """What `measure` gives of the student as it will be used, nothing being trained."""
+        module = self.view.network.module
+        training = module.training
+        module.eval()
+        try:
+            return measure()
+        finally:
+            module.train(training)
+
+    def logits(self, pool: Pool, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices of some of the chosen images, the student's logits for them), until all have been given."""
+        if self._classifier is not None:
+            self._look_at_what_is_new(pool, self._classifier)
+            yield chosen, self._classifier(self._features[0][chosen].to(self.view.network.device))
+            return
+        for alike in of_one_size(pool.mask[chosen]):
+            some = chosen[alike]
+            yield some, self.view(pool.images[some], pool.mask[some])
+
+    def _look_at_what_is_new(self, pool: Pool, classifier: nn.Linear) -> None:
+        known = len(self._features[0]) if self._features else 0
+        if known == len(pool):
+            return
+        found = torch.empty(len(pool) - known, classifier.in_features)
+        entering: list[Tensor] = []
+        handle = classifier.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+        try:
+            with torch.no_grad():
+                for alike in of_one_size(pool.mask[known:]):
+                    for some in torch.split(alike, BATCH):
+                        self.view(pool.images[known + some], pool.mask[known + some])
+                        found[some] = entering.pop().float().flatten(1).cpu()
+        finally:
+            handle.remove()
+        self._features = [torch.cat([*self._features, found])]
+
+
+@contextmanager
+def trained(view: View, training: Training) -> Iterator[Trainee]:
+    """Open the student that `view` shows; on leaving, it is as it was found, but for what it has learned.
+
+    A quantized one has its weights, scales, biases and norms tuned straight through the roundings (STE and LSQ), in the
+    proportions of `Reconstruction`. Raises DfqError as `check_part` does.
+    """
+    network = view.network
+    assert isinstance(network, Model | QuantizedModel)
+    check_part(network, training)
+    if isinstance(network, QuantizedModel):
+        with _quantized(network, view, training) as trainee:
+            yield trainee
+        return
+    module = network.module
+    names = _chosen(network, training.part)
+    parameters = dict(module.named_parameters())
+    modes = [(part, part.training) for part in module.modules()]
+    # What is frozen stays as it is used: norms over a batch with their own statistics, no dropout.
+    module.train(training.part == "full")
+    rate = training.learning_rate or _RATES[training.optimizer, training.part == "linear"]
+    classifier: Any = module.get_classifier()  # type: ignore[operator]
+    try:
+        for name in names:
+            parameters[name].requires_grad_(True)
+        yield Trainee(
+            view,
+            [([parameters[name] for name in names], rate)],
+            {name: parameters[name] for name in names} | dict(module.named_buffers()),
+            classifier=classifier if training.part == "linear" and type(classifier) is nn.Linear else None,
+        )
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        module.requires_grad_(False)
+
+
+# By optimizer, and whether the classifier alone is trained.
+_RATES: dict[tuple[str, bool], float] = {
+    ("sgd", True): 0.1,
+    ("sgd", False): 0.01,
+    ("adamw", True): 1e-3,
+    ("adamw", False): 1e-4,
+}
+
+
+@contextmanager
+def _quantized(network: QuantizedModel, view: View, training: Training) -> Iterator[Trainee]:
+    settings = Reconstruction()
+    factor = 1.0 if training.learning_rate is None else training.learning_rate / settings.weight_rate
+    with tunable(network.module, {}) as tuned:
+        weights = [weight.parameter for _, weight in tuned.layers]
+        groups = [
+            (weights, settings.weight_rate * factor),
+            (tuned.scales, settings.scale_rate * factor),
+            (tuned.others, settings.bias_rate * factor),
+        ]
+        kept = {f"{group}.{index}": p for group, (of, _) in enumerate(groups) for index, p in enumerate(of)}
+        yield Trainee(view, groups, dict(kept), tuned=tuned)
+
+
+def _chosen(network: Model, part: str) -> list[str]:
+    """Names of the parameters that are trained."""
+    module: Any = network.module
+    everything = [name for name, _ in module.named_parameters()]
+    if part == "full":
+        return everything
+    if part == "linear":
+        classifier = module.get_classifier()
+        heads = classifier if isinstance(classifier, tuple) else (classifier,)
+        own = {id(parameter) for head in heads for parameter in head.parameters()}
+        return [name for name, parameter in module.named_parameters() if id(parameter) in own]
+    match = _LAST.fullmatch(part)
+    assert match is not None
+    groups = list(group_parameters(module, module.group_matcher(coarse=False)).values())
+    # The last group is the classifier, the first the stem.
+    between = len(groups) - 2
+    if int(match[1]) > between:
+        raise UsageError(f"{network.name} has {between} layers between stem and classifier; {part} asks for more")
+    wanted = {name for group in groups[-1 - int(match[1]) :] for name in group}
+    return [name for name in everything if name in wanted]
+
+
+def optimizer_of(trainee: Trainee, training: Training) -> torch.optim.Optimizer:
+    """Over the groups of a trainee, at their full rates."""
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in trainee.groups if parameters]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
+    decay = 0.0 if isinstance(trainee.view.network, QuantizedModel) else training.weight_decay
+    return torch.optim.AdamW(groups, weight_decay=decay)
+
+
+def step(trainee: Trainee, optimizer: torch.optim.Optimizer, pool: Pool, chosen: Tensor, temperature: float) -> float:
+    """One step on the chosen images of the pool; gives the mean divergence before it."""
+    trainee.apply()
+    optimizer.zero_grad()
+    total = 0.0
+    for some, logits in trainee.logits(pool, chosen):
+        wanted = pool.logits[some].to(logits.device)
+        loss = divergence(logits, wanted, temperature).sum() / len(chosen)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    optimizer.step()
+    return total

@@ -1,0 +1,247 @@
+"""Knowledge transfer without data: what it comes to, what it leaves, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import dfq
+from calibration.calibration_set import CalibrationSet
+from dfq.datasets import image_folder, reference_digits
+from dfq.distillation import distill
+from dfq.errors import DfqError, UsageError
+from dfq.models import Model
+from dfq.transfer.record import Round, StateFile
+from dfq.transfer.student import load_student
+from dfq.transfer.training import Training
+
+QUICK = Training(steps=4, batch_size=8)
+
+
+@pytest.fixture
+def student(reference: Model) -> Model:
+    return load_student("reference", reference, fresh_classifier=True)
+
+
+def run(teacher: Model, student: Any, method: str = "gaussian", **changes: Any) -> dfq.Distillation:
+    settings: dict[str, Any] = {"rounds": 3, "num_images": 10, "training": QUICK, "progress": False}
+    return distill(teacher, student, method, **(settings | changes))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_student_with_the_backbone_of_its_teacher_becomes_its_teacher(reference: Model, student: Model) -> None:
+    """The teacher's own classifier has no divergence, and any images lead there; real ones tell that they did."""
+    digits = [(image, label) for image, label in reference_digits(reference)][::5]
+    result = run(reference, student, "leaves", num_images=64, training=Training(steps=200, batch_size=64), data=digits)
+    before, after = result.rounds[0].top1, result.top1
+    assert before is not None
+    assert after is not None
+    assert result.teacher_top1 is not None
+    assert after >= result.teacher_top1 - 1
+    assert result.rounds[-1].divergence < 0.01 < result.rounds[0].divergence
+    assert [entry.images for entry in result.rounds] == [64, 128, 192]
+    # Nothing needs to be held out where labelled images tell.
+    assert {entry.agreement for entry in result.rounds} == {None}
+    assert result.describe() == (
+        f"reference taught by reference on 192 images in 3 rounds: top-1 {after:.2f} %, the teacher's "
+        f"{result.teacher_top1:.2f} %"
+    )
+
+
+def test_without_labelled_images_no_accuracy_is_claimed(reference: Model, student: Model) -> None:
+    result = run(reference, student, training=Training(steps=100, batch_size=16))
+    assert (result.top1, result.teacher_top1) == (None, None)
+    assert result.rounds[-1].agreement == 100
+    assert "agree on 100.0 % of the generated images that were held out" in result.describe()
+    assert "only real ones tell" in result.describe()
+
+
+@pytest.mark.parametrize("method", ["smi", "pri"])
+def test_sparse_images(reference: Model, student: Model, method: str, tmp_path: Path) -> None:
+    plan = dfq.generation.Plan(method, 8, 6, 8, 0, "fp32")
+    result = run(reference, student, plan=plan, rounds=2, out=tmp_path)
+    pool = dfq.load_calibration_set(tmp_path / "pool")
+    assert pool.is_sparse
+    assert result.rounds[-1].images == len(pool) == 16
+
+
+def test_what_is_left_behind(tiny: Callable[..., Model], tmp_path: Path) -> None:
+    teacher = tiny()
+    student = load_student("vit_tiny_patch16_224", teacher, random_weights=True)
+    result = run(teacher, student, out=tmp_path / "new" / "run", seed=5)
+    out = tmp_path / "new" / "run"
+    assert {path.name for path in out.iterdir()} == {
+        "student.safetensors", "distillation.json", "log.jsonl", "curve.svg", "pool"
+    }  # fmt: skip
+    loaded = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=5, checkpoint_path=str(out / "student.safetensors")
+    )
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(images), student(images))
+    assert len(dfq.load_calibration_set(out / "pool")) == 30
+    assert rows(out) == result.to_dict()["rounds"]
+    assert [row["round"] for row in rows(out)] == [1, 2, 3]
+    manifest = json.loads((out / "distillation.json").read_text())
+    assert (manifest["complete"], manifest["run"]["seed"], manifest["run"]["training"]["steps"]) == (True, 5, 4)
+    root = ElementTree.parse(out / "curve.svg").getroot()
+    assert "tiny" in "".join(root.itertext())
+
+
+class StoppedError(Exception):
+    """Stands for a signal."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    keep = StateFile.keep
+
+    def keep_and_stop(self: StateFile, trainee: Any, optimizer: Any, done: list[Round]) -> None:
+        keep(self, trainee, optimizer, done)
+        if len(done) == rounds:
+            raise StoppedError
+
+    monkeypatch.setattr(StateFile, "keep", keep_and_stop)
+
+
+@pytest.mark.parametrize(("part", "optimizer"), [("linear", "sgd"), ("full", "adamw")])
+def test_a_run_that_was_stopped_goes_on_to_the_same_student(
+    reference: Model, part: str, optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(part, steps=3, batch_size=8, optimizer=optimizer)
+
+    def students(out: Path) -> dfq.Distillation:
+        return run(reference, load_student("reference", reference, fresh_classifier=True), training=training, out=out)
+
+    undisturbed = students(tmp_path / "undisturbed")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(StoppedError):
+            students(tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "student.safetensors").exists()
+    resumed = students(tmp_path / "stopped")
+    one, other = (tmp_path / name / "student.safetensors" for name in ("undisturbed", "stopped"))
+    assert one.read_bytes() == other.read_bytes()
+    assert [entry.divergence for entry in resumed.rounds] == [entry.divergence for entry in undisturbed.rounds]
+    assert {path.name for path in one.parent.iterdir()} == {path.name for path in other.parent.iterdir()}
+
+
+def test_a_finished_run_is_read(reference: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("dfq.distillation.batches", None)
+    student = load_student("reference", reference, fresh_classifier=True)
+    again = run(reference, student, out=tmp_path)
+    assert again.rounds == first.rounds
+    assert torch.equal(student.module.get_parameter("head.weight"), first.student.module.get_parameter("head.weight"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_another_run_is_not_mixed_in(reference: Model, tmp_path: Path) -> None:
+    def fresh() -> Model:
+        return load_student("reference", reference, fresh_classifier=True)
+
+    run(reference, fresh(), out=tmp_path)
+    before = (tmp_path / "student.safetensors").read_bytes()
+    with pytest.raises(DfqError, match=r"holds a transfer of another run \(it differs in training\)"):
+        run(reference, fresh(), out=tmp_path, training=Training(steps=5))
+    assert (tmp_path / "student.safetensors").read_bytes() == before
+    run(reference, fresh(), out=tmp_path, training=Training(steps=5), overwrite=True)
+    assert (tmp_path / "student.safetensors").read_bytes() != before
+
+
+def test_a_folder_of_something_else(reference: Model, student: Model, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(DfqError, match="is not empty and holds no transfer"):
+        run(reference, student, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "log.jsonl", "distillation.json"])
+def test_damaged_files_are_told(reference: Model, student: Model, name: str, tmp_path: Path) -> None:
+    run(reference, student, out=tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DfqError, match=name.replace(".", r"\.")):
+        run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+
+
+def test_a_damaged_state_is_told(
+    reference: Model, student: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(StoppedError):
+            run(reference, student, out=tmp_path)
+    state = tmp_path / "student.partial"
+    state.write_bytes(state.read_bytes()[:-20])
+    with pytest.raises(DfqError, match=r"student\.partial is damaged .* the student is trained anew"):
+        run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+
+
+def test_a_pool_made_before(
+    reference: Model, student: Model, noise: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfq.distillation.batches", None)
+    result = run(reference, student, calibration=noise, out=tmp_path)
+    assert [entry.images for entry in result.rounds] == [8, 8, 8]
+    assert not (tmp_path / "pool").exists()
+
+
+def test_a_quantized_student_is_tuned_from_end_to_end(reference: Model, noise: CalibrationSet, tmp_path: Path) -> None:
+    quantized = dfq.quantize(reference, "w3a4", calibration=noise, recipe="repq", progress=False)
+    before = {name: q.tensors()["scale"].clone() for name, q in quantized.sites.items() if "scale" in q.tensors()}
+    training = Training("full", steps=15, batch_size=8, optimizer="adamw", temperature=4.0)
+    result = run(reference, quantized, calibration=noise, training=training, out=tmp_path)
+    assert result.rounds[-1].divergence < 0.7 * result.rounds[0].divergence
+    assert any(not torch.equal(before[name], quantized.sites[name].tensors()["scale"]) for name in before)
+    images = torch.randn(2, 3, 32, 32)
+    loaded = dfq.load(tmp_path / "student")
+    assert torch.equal(loaded(images), quantized(images))
+
+
+def test_each_network_is_measured_on_images_prepared_for_it(tiny: Callable[..., Model], tmp_path: Path) -> None:
+    for label in range(5):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        generator = torch.Generator().manual_seed(label)
+        pixels = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8, generator=generator)
+        for index, picture in enumerate(pixels):
+            Image.fromarray(picture.numpy()).save(tmp_path / "images" / str(label) / f"{index}.png")
+    teacher = tiny()
+    student = load_student("resnet10t", teacher, random_weights=True)
+    result = run(teacher, student, data=tmp_path / "images")
+    assert result.teacher_top1 == dfq.evaluate(teacher, tmp_path / "images", progress=False).top1
+    assert result.top1 == dfq.evaluate(student, tmp_path / "images", progress=False).top1
+    prepared = [(image, label) for image, label in image_folder(tmp_path / "images", teacher)]
+    with pytest.raises(UsageError, match="want their images prepared differently: give a folder"):
+        run(teacher, student, data=prepared)
+
+
+def test_bad_input(reference: Model, student: Model, tiny: Callable[..., Model], noise: CalibrationSet) -> None:
+    with pytest.raises(UsageError, match="1 round or more"):
+        run(reference, student, rounds=0)
+    with pytest.raises(DfqError, match="has 5 classes and the teacher reference 10"):
+        run(reference, tiny())
+    with pytest.raises(DfqError, match="unknown method 'magic'"):
+        run(reference, student, "magic")
+    large = tiny(img_size=64, num_classes=10)
+    large.preprocessing = replace(large.preprocessing, image_size=(64, 64))
+    with pytest.raises(DfqError, match="the pool holds images of 32x32, and tiny takes 64x64"):
+        run(large, student, calibration=noise)
+    quantized = dfq.quantize(reference, "w8a8", calibration=noise, recipe="paper", progress=False)
+    with pytest.raises(DfqError, match="trained in full, not linear"):
+        run(reference, quantized)
+    with pytest.raises(DfqError, match="trained by adamw"):
+        run(reference, quantized, training=Training("full"))
+    with pytest.raises(DfqError, match="left the finite numbers: give a lower learning rate"):
+        run(reference, student, training=Training("full", steps=20, learning_rate=1e30))

@@ -1,0 +1,176 @@
+"""Steps of a student, against gradients worked out by hand, and what of it they may change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from calibration.calibration_set import CalibrationSet
+from dfq.errors import DfqError, UsageError
+from dfq.models import Model
+from dfq.transfer.pool import Pool, View
+from dfq.transfer.student import load_student
+from dfq.transfer.training import Training, divergence, optimizer_of, step, trained
+
+Images = Callable[..., CalibrationSet]
+
+
+def pool_of(teacher: Model, images: CalibrationSet) -> Pool:
+    pool = Pool(View(teacher, torch.float32), 0)
+    pool.add(images)
+    return pool
+
+
+def weights(model: Model) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+def changed(model: Model, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, value in model.module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def take_steps(student: Model, pool: Pool, training: Training, count: int = 1) -> list[float]:
+    with trained(View(student, torch.float32), training) as trainee:
+        optimizer = optimizer_of(trainee, training)
+        chosen = torch.arange(len(pool))
+        return [step(trainee, optimizer, pool, chosen, training.temperature) for _ in range(count)]
+
+
+def test_the_divergence_by_hand() -> None:
+    # At temperature 2 the teacher gives 3/4 and 1/4, the student one half each.
+    teacher, student = torch.tensor([[2 * math.log(3), 0.0]]), torch.tensor([[1.0, 1.0]])
+    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert divergence(student, teacher, 2.0).tolist() == pytest.approx([expected])
+    assert divergence(teacher, teacher + 3, 2.0).tolist() == pytest.approx([0.0], abs=1e-6)
+
+
+def test_one_step_of_a_linear_student_by_hand(tiny: Callable[..., Model], images_for: Images) -> None:
+    """Of T^2 KL, the gradient to a logit is T times the difference of the two probabilities at temperature T."""
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    images = images_for(6)
+    pool, before = pool_of(teacher, images), weights(student)
+    module: Any = student.module
+    pixels, _ = next(images.batches(6, torch.device("cpu")))
+    entering = module.forward_head(module.forward_features(pixels), pre_logits=True)
+    error = (module(pixels) / 4).softmax(-1) - (teacher(pixels) / 4).softmax(-1)
+    gradient = 4 * error.T @ entering / 6
+    training = Training(temperature=4.0, learning_rate=0.5, weight_decay=0.0)
+    take_steps(student, pool, training)
+    torch.testing.assert_close(module.head.weight, before["head.weight"] - 0.5 * gradient, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(module.head.bias, before["head.bias"] - 0.5 * 4 * error.mean(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "free"),
+    [
+        ("linear", ("head.",)),
+        ("last-1", ("head.", "norm.", "blocks.1.")),
+        ("last-2", ("head.", "norm.", "blocks.1.", "blocks.0.")),
+        ("full", ("",)),
+    ],
+)
+def test_what_is_trained_and_nothing_else(
+    tiny: Callable[..., Model], images_for: Images, part: str, free: tuple[str, ...]
+) -> None:
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    before = weights(student)
+    take_steps(student, pool_of(teacher, images_for()), Training(part, optimizer="adamw", learning_rate=0.01), 2)
+    # Keys have a bias that softmax does not see.
+    assert changed(student, before) == {name for name in before if name.startswith(free)}
+    assert not student.module.training
+    assert not any(parameter.requires_grad for parameter in student.module.parameters())
+
+
+def test_a_linear_student_in_steps_of_pools_that_grow(tiny: Callable[..., Model], images_for: Images) -> None:
+    """What enters the classifier is computed once per image: also for sparse images that come later."""
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    sparse = torch.zeros(4, 4, 4, dtype=torch.bool)
+    sparse[:2, 1:3], sparse[2:, 0] = True, True
+    pool = pool_of(teacher, images_for(3))
+    view = View(student, torch.float32)
+    passes: list[int] = []
+    student.module.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    with trained(view, Training()) as trainee:
+        list(trainee.logits(pool, torch.arange(3)))
+        pool.add(images_for(4, sparse))
+        for _ in range(2):
+            ((chosen, found),) = trainee.logits(pool, torch.tensor([5, 0, 3]))
+        assert chosen.tolist() == [5, 0, 3]
+        assert sum(passes) == 7
+    expected = torch.cat([view(pool.images[[i]], pool.mask[[i]]) for i in (5, 0, 3)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_images_that_keep_different_numbers_of_patches_share_a_step(
+    tiny: Callable[..., Model], images_for: Images
+) -> None:
+    """The mean is over images, however they are run."""
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    mask = torch.ones(5, 4, 4, dtype=torch.bool)
+    mask[3:, :2] = False
+    pool = pool_of(teacher, images_for(5, mask))
+    view = View(student, torch.float32)
+    alone = [divergence(view(pool.images[[i]], pool.mask[[i]]), pool.logits[[i]], 20.0).item() for i in range(5)]
+    (found,) = take_steps(student, pool, Training("full", learning_rate=1e-6))
+    assert found == pytest.approx(sum(alone) / 5, rel=1e-4)
+
+
+def test_norms_over_batches_move_only_where_everything_is_trained(
+    tiny: Callable[..., Model], images_for: Images
+) -> None:
+    teacher = tiny(seed=1)
+    for part, moves in (("linear", False), ("last-1", False), ("full", True)):
+        student = load_student("resnet10t", teacher, random_weights=True)
+        before = weights(student)
+        take_steps(student, pool_of(teacher, images_for()), Training(part, learning_rate=1e-3))
+        statistics = {name for name in changed(student, before) if "running" in name}
+        assert bool(statistics) is moves, part
+        assert not any(module.training for module in student.module.modules())
+
+
+def test_the_rate_follows_half_a_cosine() -> None:
+    training = Training()
+    assert [training.share(at, 8) for at in (0, 4, 8)] == pytest.approx([1.0, 0.5, 0.0])
+    assert Training(decay="constant").share(7, 8) == 1.0
+
+
+def test_more_layers_than_there_are(tiny: Callable[..., Model], images_for: Images) -> None:
+    with pytest.raises(UsageError, match="tiny has 2 layers between stem and classifier; last-3 asks for more"):
+        take_steps(tiny(), pool_of(tiny(), images_for()), Training("last-3"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"part": "head"}, "cannot train 'head' of a student"),
+        ({"part": "last-0"}, "cannot train 'last-0'"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"temperature": math.nan}, "temperature must be a positive number"),
+        ({"learning_rate": -1.0}, "learning rate must be a positive number"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, "weight decay must be 0 or more"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion': choose from sgd, adamw"),
+        ({"decay": "step"}, "unknown decay 'step'"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(DfqError, match=said):
+        Training(**changes)
+
+
+def test_a_classifier_of_two_heads(tiny: Callable[..., Model], images_for: Images) -> None:
+    """A distilled DeiT: both are trained, and no other parameter."""
+    student = tiny("deit_tiny_distilled_patch16_224", seed=2)
+    assert isinstance(student.module, VisionTransformer)
+    assert isinstance(student.module.get_submodule("head_dist"), nn.Linear)
+    before = weights(student)
+    take_steps(student, pool_of(tiny(seed=1), images_for()), Training())
+    assert changed(student, before) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
