@@ -10,36 +10,42 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from calibration.tokens import PatchGrid
 
 
 @dataclass(frozen=True)
 class Move:
-    """A circular roll by (`down`, `right`) pixels, then a horizontal flip if `flip`."""
+    """A circular roll by (`down`, `right`) pixels, then a horizontal flip if `flip`, then a look through `window`.
+
+    window: top, left, height and width, in pixels, of what is seen, in the size of the whole; None: all of it.
+    """
 
     down: int = 0
     right: int = 0
     flip: bool = False
+    window: tuple[int, int, int, int] | None = None
 
     def images(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] -> moved, same shape."""
         if self.down or self.right:
             images = images.roll((self.down, self.right), dims=(-2, -1))
-        return images.flip(-1) if self.flip else images
-
-    def undo(self, images: Tensor) -> Tensor:
-        """The inverse of `images`, and so its gradient: it only changes places."""
-        images = images.flip(-1) if self.flip else images
-        return images.roll((-self.down, -self.right), dims=(-2, -1)) if self.down or self.right else images
+        if self.flip:
+            images = images.flip(-1)
+        if self.window is None:
+            return images
+        top, left, height, width = self.window
+        seen = images[..., top : top + height, left : left + width]
+        return F.interpolate(seen, images.shape[-2:], mode="bilinear", align_corners=False)
 
     def patches(self, grid: PatchGrid) -> Tensor:
-        """Where each patch of the unmoved image lies after the move: LongTensor [N]. See `patch_places`."""
+        """Where each patch of the unmoved image lies, but for a window: LongTensor [N]. See `patch_places`."""
         return patch_places([self], grid)[0]
 
 
 def patch_places(moves: list[Move], grid: PatchGrid) -> Tensor:
-    """Where each patch of the unmoved image lies after each move: LongTensor [moves, N].
+    """Where each patch of the unmoved image lies after each move, windows aside: LongTensor [moves, N].
 
     A roll that is not a whole number of patches is rounded to the nearest one (a half away from zero), so a
     looked-up patch may be off by at most half a patch.
@@ -63,13 +69,34 @@ STILL = Move()
 
 @dataclass(frozen=True)
 class RollAndFlip:
-    """Independent rolls of up to `fraction` of the image's height and width, and a flip with p = 0.5."""
+    """Independent rolls of up to `fraction` of the image's height and width, and a flip with p = 0.5.
+
+    smallest: side of the smallest window, in those of the image, 1 for none; it may lie anywhere.
+    """
 
     fraction: float = 1 / 8
+    smallest: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest <= 1:
+            raise ValueError(f"the side of the smallest window must be above 0 and at most 1, not {self.smallest}")
 
     def draw(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> list[Move]:
         """`count` moves from a CPU `generator`, drawn at once so that the loop never waits for randomness."""
         limits = [round(side * self.fraction) for side in image_size]
         down, right = (torch.randint(-limit, limit + 1, (count,), generator=generator).tolist() for limit in limits)
         flips = (torch.rand(count, generator=generator) < 0.5).tolist()
-        return [Move(*draw) for draw in zip(down, right, flips, strict=True)]
+        windows = self._windows(count, image_size, generator) if self.smallest < 1 else [None] * count
+        return [Move(*draw) for draw in zip(down, right, flips, windows, strict=True)]
+
+    def _windows(
+        self, count: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> list[tuple[int, int, int, int]]:
+        whole = torch.tensor(image_size)
+        sides = self.smallest + (1 - self.smallest) * torch.rand(count, 1, generator=generator)
+        sizes = (whole * sides).round().clamp_min(1).long()
+        corners = (torch.rand(count, 2, generator=generator) * (whole - sizes + 1)).long()
+        return [
+            (top, left, height, width)
+            for (top, left), (height, width) in zip(corners.tolist(), sizes.tolist(), strict=True)
+        ]

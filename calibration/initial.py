@@ -22,7 +22,7 @@ InitialImages = Callable[[int, tuple[int, int], torch.Generator], Tensor]
 
 # A square root of the covariance of the colours of photographs, rows scaled to unit variance: light, red against
 # blue, and both against green (Olah, Mordvintsev and Schubert, Feature Visualization, Distill 2017).
-_COLOUR = F.normalize(torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]]))
+COLOUR = F.normalize(torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]]))
 # ImageNet's mean colour, in logits; how far one image's lies from it, and the deviation of the logits within one image:
 # its median and the spread of its logarithm. These give pixels the means and deviations that photographs have.
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).logit()
@@ -98,7 +98,7 @@ def initial_images(
 
 def _coloured(independent: Tensor) -> Tensor:
     """[N, 3, ...], channels independent and of unit variance -> the same with the colour covariance of photographs."""
-    return torch.einsum("cd,nd...->nc...", _COLOUR, independent)
+    return torch.einsum("cd,nd...->nc...", COLOUR, independent)
 
 
 def _exposed(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.augment import STILL, RollAndFlip, patch_places
+from calibration.canvas import Canvas, Pixels, Waves
 from calibration.errors import DfqError
 from calibration.objectives import Objective, Scene, cross_entropy
 from calibration.passes import Precision, open_passes, resolve_precision
@@ -32,10 +33,13 @@ PATIENCE = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """How pixels are optimised; the defaults are the published ones.
+    """How images are optimised; the defaults are the published ones.
 
     iterations: at most; enough: a batch is done before that when the cross-entropy of its unmoved images (beyond that
     of the labels themselves, where they are soft) is down to so many nats on average, or falls no more; None: never.
+    waves: what is moved is not pixels but the waves they are made of, in steps that fall with this power of the
+    frequency (`calibration.canvas.Waves`); None: pixels. noise: standard deviation of what is added to each pixel, anew
+    in each step, in units of the normalised space.
     """
 
     iterations: int = 4000
@@ -43,12 +47,22 @@ class Settings:
     learning_rate: float = 0.25
     betas: tuple[float, float] = (0.5, 0.99)
     augment: RollAndFlip = field(default_factory=RollAndFlip)
+    waves: float | None = None
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"inversion takes at least 1 iteration, not {self.iterations}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"the learning rate must be positive, not {self.learning_rate}")
+        if self.waves is not None and not 0 <= self.waves < math.inf:
+            raise ValueError(f"the power that steps of waves fall with must be at least 0, not {self.waves}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"the noise must be at least 0, not {self.noise}")
+
+    def canvas(self, initial: Tensor, low: Tensor, high: Tensor) -> Canvas:
+        """Where the images are drawn; see `calibration.canvas`."""
+        return Pixels(initial, low, high) if self.waves is None else Waves(initial, low, high, self.waves)
 
 
 class DivergedError(DfqError):
@@ -79,6 +93,16 @@ class Inverted:
     confidence: Tensor
     finished: Tensor
     iterations: int
+
+
+def check_windows(objective: Objective, schedule: PatchSchedule, settings: Settings) -> None:
+    """Raise DfqError where patches have to be known that are not where they were under a window."""
+    if settings.augment.smallest == 1:
+        return
+    if schedule.decisions(settings.iterations):
+        raise DfqError("seen through windows, patches are not where they were: such a method has no sparse schedule")
+    if "attention_prior" in objective.weights:
+        raise DfqError("seen through windows, patches are not where they were: such a method has no attention prior")
 
 
 def pixel_bounds(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -165,16 +189,16 @@ def invert(
     # The map that chooses patches, and the step before it, see the image unmoved: the scores are then on the grid the
     # patches are counted in.
     still = {iteration - lead for iteration in decisions for lead in (0, 1)}
+    check_windows(objective, schedule, settings)
     moves = settings.augment.draw(settings.iterations, grid.image_size, generator)
     moves = [STILL if iteration in still else move for iteration, move in enumerate(moves)]
     places = patch_places(moves, grid).to(device)
     loss = objective.start(Scene(vit, grid, len(initial), device, generator))
     watched = frozenset() if trace is None else frozenset(trace.moments(settings.iterations, decisions))
 
-    # Fused Adam on a CPU takes pixels and gradient for laid out alike, and does not look.
-    pixels = initial.clone(memory_format=torch.contiguous_format)
-    low, high = pixel_bounds(mean, std, device)
-    adam = torch.optim.Adam([pixels], lr=settings.learning_rate, betas=settings.betas, fused=True)
+    canvas = settings.canvas(initial, *pixel_bounds(mean, std, device))
+    pixels = canvas.images
+    adam = torch.optim.Adam([canvas.parameter], lr=settings.learning_rate, betas=settings.betas, fused=True)
     keep = torch.arange(grid.num_patches, device=device).expand(len(pixels), -1)
     best, enough = _Best(pixels), _Enough(settings.enough)
     finished: list[_Finished] = []
@@ -190,15 +214,19 @@ def invert(
             if trace is not None and iteration in watched:
                 trace.see(iteration, pixels, keep)
 
-            gradient, values, logits = passes.gradient(pixels, keep, moves[iteration], places[iteration])
+            seen = pixels
+            if settings.noise > 0:
+                seen = pixels + settings.noise * torch.randn(pixels.shape, generator=generator).to(device)
+            gradient, values, logits = passes.gradient(seen, keep, moves[iteration], places[iteration])
             with torch.enable_grad():  # callers may be under no_grad
                 leaf = pixels.detach().requires_grad_()
                 on_pixels = loss.of_pixels(leaf)
             if on_pixels.requires_grad:
                 gradient.add_(torch.autograd.grad(on_pixels, leaf)[0])
-            pixels.grad = gradient.contiguous()
+            canvas.pull(gradient)
             adam.step()
-            pixels.clamp_(low, high)
+            canvas.moved()
+            pixels = canvas.images
 
             done = iteration + 1
             last = done == settings.iterations
@@ -206,9 +234,9 @@ def invert(
                 if not bool(logits.isfinite().all() and values.isfinite().all() and pixels.isfinite().all()):
                     raise DivergedError(f"the inversion left the finite numbers within {done} iterations")
                 if on_step is not None:
-                    seen = _probability(logits, labels).mean().item()
+                    certainty = _probability(logits, labels).mean().item()
                     total = (values.mean() + on_pixels).item()
-                    on_step(Progress(done, settings.iterations, total, seen, keep.shape[1]))
+                    on_step(Progress(done, settings.iterations, total, certainty, keep.shape[1]))
             if last or (iteration >= settled and (done - settled) % COMPARE_EVERY == 0):
                 best.update(pixels, _divergence(passes.logits(pixels, keep), labels))
                 if enough.reached(best.score):
@@ -247,11 +275,15 @@ def _gathered(finished: list[_Finished]) -> Inverted:
 
 def describe(objective: Objective, schedule: PatchSchedule, settings: Settings) -> dict[str, Any]:
     """What an inversion is made of, for the manifest."""
+    # Only where they are not the published ones: sets made before knew no others.
+    further = {"waves": settings.waves} if settings.waves is not None else {}
+    further |= {"noise": settings.noise} if settings.noise > 0 else {}
     return {
         "objective": objective.describe(),
         "schedule": schedule.describe(),
-        "optimiser": {"name": "adam", "learning_rate": settings.learning_rate, "betas": list(settings.betas)},
-        "augment": {"roll_fraction": settings.augment.fraction, "flip": 0.5},
+        "optimiser": {"name": "adam", "learning_rate": settings.learning_rate, "betas": list(settings.betas)} | further,
+        "augment": {"roll_fraction": settings.augment.fraction, "flip": 0.5}
+        | ({"smallest_window": settings.augment.smallest} if settings.augment.smallest < 1 else {}),
         "iterations": settings.iterations,
         "enough": settings.enough,
     }

@@ -54,6 +54,9 @@ class Method:
 _PSAQ = Objective({"cross_entropy": 1.0, "patch_similarity_entropy": 1.0, "bounded_variation": 0.05})
 _APA = Objective({"cross_entropy": 1.0, "attention_prior": 0.1, "bounded_variation": 0.05})
 _GENTLE = Settings(iterations=200, enough=1.0, learning_rate=0.02)
+_WAVES = Settings(
+    iterations=40, learning_rate=0.4, betas=(0.9, 0.999), augment=RollAndFlip(0.0, smallest=0.7), waves=1.5, noise=0.4
+)
 
 METHODS: dict[str, Method] = {
     "natural": Method(
@@ -75,6 +78,13 @@ METHODS: dict[str, Method] = {
         "dense, with random attention priors and soft labels (SARDFQ, ICCV 2025)", Dense(), _APA, soft_labels=True
     ),
     "apa-smi": Method("the same, sparse", ProgressiveStop(), _APA, soft_labels=True),
+    "waves": Method(
+        "waves are moved, not pixels, seen through windows and noise: shapes that other networks know too",
+        Dense(),
+        Objective({"cross_entropy": 1.0}),
+        _WAVES,
+        initial="pink",
+    ),
     "leaves": Method("dead leaves: random occluding shapes, no inversion", initial="leaves"),
     "pink": Method("noise with the spectrum and the colours of photographs, no inversion", initial="pink"),
     "gaussian": Method("Gaussian noise, no inversion: the lower end of any comparison"),
@@ -198,6 +208,7 @@ def check_method(vit: nn.Module, plan: Plan) -> None:
     patches, images = PatchGrid.of(vit).num_patches, method.schedule.images_per_canvas
     if images > patches:
         raise DfqError(f"{patches} patches cannot be divided into {images} images")
+    inversion.check_windows(method.objective, method.schedule, method.settings)
     if method.schedule.decisions(method.settings.iterations):
         saliency_kind(vit)
     with capture(vit, method.objective.needs):

@@ -99,15 +99,18 @@ class Passes:
         count = len(images)
 
         def run(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            moved = move.images(images[rows]).requires_grad_()
+            unmoved = images[rows].detach().requires_grad_()
+            moved = move.images(unmoved)
             logits = self._logits(moved, self._moved(keep[rows], places))
             patches = keep[rows] if self._is_sparse(keep) else places.argsort().expand(len(moved), -1)
             values = self.loss.of_pass(Step(logits, self.targets[rows], rows, patches, self.attention))
             # An objective may look at pixels alone.
             gradient = (
-                torch.autograd.grad(values.sum() / count, moved)[0] if values.requires_grad else torch.zeros_like(moved)
+                torch.autograd.grad(values.sum() / count, unmoved)[0]
+                if values.requires_grad
+                else torch.zeros_like(unmoved)
             )
-            return move.undo(gradient), values.detach(), logits.detach()
+            return gradient, values.detach(), logits.detach()
 
         self.attention.active = True
         with torch.enable_grad():  # callers may be under no_grad

@@ -90,10 +90,28 @@ def test_without_a_range_there_are_only_flips() -> None:
     assert set(moves) == {Move(0, 0, False), Move(0, 0, True)}
 
 
-@given(st.integers(-9, 9), st.integers(-9, 9), st.booleans())
-def test_undoing_a_move(down: int, right: int, flip: bool) -> None:
-    image, move = torch.arange(2 * 5 * 7).view(1, 2, 5, 7), Move(down, right, flip)
-    assert torch.equal(move.undo(move.images(image)), image)
+def test_a_window_fills_the_image() -> None:
+    image = torch.tensor([[[[0.0, 9, 9, 9], [9, 1, 3, 9], [9, 5, 7, 9], [9, 9, 9, 9]]]])
+    seen = Move(window=(1, 1, 2, 2)).images(image)
+    # Bilinear, by hand: a pixel of the window is two of the image, and in between they are mixed three to one.
+    assert seen[0, 0, 0].tolist() == [1.0, 1.5, 2.5, 3.0]
+    assert seen[0, 0, :, 0].tolist() == [1.0, 2.0, 4.0, 5.0]
+    # First the roll and the flip, then the window.
+    assert Move(down=1, window=(2, 1, 1, 1)).images(image).unique().tolist() == [1.0]
+    assert Move(flip=True, window=(0, 3, 1, 1)).images(image).unique().tolist() == [0.0]
+
+
+def test_windows_lie_anywhere_and_are_of_any_size() -> None:
+    moves = RollAndFlip(smallest=0.5).draw(3000, (32, 64), torch.Generator().manual_seed(0))
+    windows = [move.window for move in moves if move.window is not None]
+    assert len(windows) == 3000
+    assert {height for _, _, height, _ in windows} == set(range(16, 33))
+    assert all(0 <= top <= 32 - height and 0 <= left <= 64 - width for top, left, height, width in windows)
+    assert all(abs(width - 2 * height) <= 2 for _, _, height, width in windows)
+    assert {top for top, _, height, _ in windows if height == 16} == set(range(17))
+    # Rolls and flips are those without windows.
+    plain = RollAndFlip().draw(3000, (32, 64), torch.Generator().manual_seed(0))
+    assert [(move.down, move.right, move.flip) for move in moves] == [(m.down, m.right, m.flip) for m in plain]
 
 
 def test_places_of_many_moves_at_once() -> None:
