@@ -380,8 +380,7 @@ class _Teaching:
         every = -(-self._rounds // 10)
         if self._data is None or (number % every and number != self._rounds):
             return None
-        _, images = self._data
-        return trainee.as_it_is_used(lambda: evaluate(self._student, images, progress=False).top1)
+        return trainee.top1(self._data[1])
 
 
 def _line(entry: Round, rounds: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -13,8 +13,10 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from dfq.errors import DfqError, UsageError
+from dfq.evaluation import evaluate
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
 from dfq.ptq.tuning import Tuned, tunable
@@ -115,21 +117,36 @@ class Trainee:
         self.view, self.groups, self.kept = view, groups, kept
         self._tuned, self._classifier = tuned, classifier
         self._features: list[Tensor] = []
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     def apply(self) -> None:
         """Give a quantized student the weights as they are now."""
         if self._tuned is not None:
             self._tuned.apply()
 
-    def as_it_is_used(self, measure: Callable[[], float]) -> float:
-        """What `measure` gives of the student as it will be used, nothing being trained."""
+    def top1(self, data: Dataset[Any]) -> float:
+        """Percent of labelled images that the student gets right, as `evaluate` has it; of one `data` per trainee.
+
+        What enters a classifier that alone is trained is computed the first time, and not again.
+        """
+        if self._seen is not None and self._classifier is not None:
+            features, labels = self._seen
+            with torch.no_grad():
+                right = self._classifier(features.to(self.view.network.device)).argmax(1).cpu() == labels
+            return 100 * float(right.double().mean())
+        noted = _Noted(data)
+        entering: list[Tensor] = []
         module = self.view.network.module
         training = module.training
         module.eval()
         try:
-            return measure()
+            with _inputs_of(self._classifier, entering):
+                found = evaluate(self.view.network, noted, progress=False).top1  # type: ignore[arg-type]
         finally:
             module.train(training)
+        if entering:
+            self._seen = torch.cat(entering), torch.tensor(noted.labels)
+        return found
 
     def logits(self, pool: Pool, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices of some of the chosen images, the student's logits for them), until all have been given."""
@@ -147,16 +164,40 @@ class Trainee:
             return
         found = torch.empty(len(pool) - known, classifier.in_features)
         entering: list[Tensor] = []
-        handle = classifier.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
-        try:
-            with torch.no_grad():
-                for alike in of_one_size(pool.mask[known:]):
-                    for some in torch.split(alike, BATCH):
-                        self.view(pool.images[known + some], pool.mask[known + some])
-                        found[some] = entering.pop().float().flatten(1).cpu()
-        finally:
-            handle.remove()
+        with _inputs_of(classifier, entering), torch.no_grad():
+            for alike in of_one_size(pool.mask[known:]):
+                for some in torch.split(alike, BATCH):
+                    self.view(pool.images[known + some], pool.mask[known + some])
+                    found[some] = entering.pop()
         self._features = [torch.cat([*self._features, found])]
+
+
+class _Noted(Dataset[Any]):
+    """A dataset that keeps the labels it gives, in order."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self._data, self.labels = data, list[int]()
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]  # torch declares no length, but every map-style dataset has one
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self._data[index]
+        self.labels.append(int(label))
+        return image, label
+
+
+@contextmanager
+def _inputs_of(classifier: nn.Linear | None, kept: list[Tensor]) -> Iterator[None]:
+    """While it is open, what enters the classifier is kept, on the CPU and in float32."""
+    if classifier is None:
+        yield
+        return
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().flatten(1).cpu()))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
@@ -138,6 +139,31 @@ def test_the_rate_follows_half_a_cosine() -> None:
     training = Training()
     assert [training.share(at, 8) for at in (0, 4, 8)] == pytest.approx([1.0, 0.5, 0.0])
     assert Training(decay="constant").share(7, 8) == 1.0
+
+
+@pytest.mark.parametrize("part", ["linear", "full"])
+def test_accuracy_is_that_of_evaluate_at_every_measure(
+    tiny: Callable[..., Model], images_for: Images, part: str
+) -> None:
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    pool = pool_of(teacher, images_for())
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(3, 32, 32, generator=generator), index % 5) for index in range(70)]
+    passes: list[int] = []
+    student.module.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    training = Training(part, learning_rate=0.1)
+    with trained(View(student, torch.float32), training) as trainee:
+        optimizer = optimizer_of(trainee, training)
+        found = []
+        for _ in range(3):
+            step(trainee, optimizer, pool, torch.arange(5), 20.0)
+            passes.clear()
+            measured = trainee.top1(data)  # type: ignore[arg-type]
+            looked_at = sum(passes)
+            expected = dfq.evaluate(student, data, progress=False).top1  # type: ignore[arg-type]
+            found.append(looked_at)
+            assert measured == pytest.approx(expected)
+    assert found == ([70, 0, 0] if part == "linear" else [70, 70, 70])
 
 
 def test_more_layers_than_there_are(tiny: Callable[..., Model], images_for: Images) -> None:

@@ -1,0 +1,81 @@
+"""The table of students: no cell twice, and what it says at equal images and at equal time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool: Callable[[str], ModuleType]) -> Any:
+    load_tool("accuracy_table")
+    return load_tool("distill_table")
+
+
+def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results.jsonl"
+    arguments = ["--teacher", "reference", "--student", "reference", "--images", digits, "--results", results]
+    arguments += ["--methods", "gaussian", "leaves", "--seeds", 0, "--rounds", 2, "--round-images", 8, "--steps", 5]
+    monkeypatch.setattr(sys, "argv", ["distill_table.py", *map(str, arguments)])
+    tool.main()
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["gaussian", "leaves"]
+    for line in lines:
+        assert [entry["images"] for entry in line["result"]["rounds"]] == [8, 16]
+        assert line["result"]["teacher_top1"] > 90
+    before = results.read_bytes()
+    tool.main()
+    assert results.read_bytes() == before
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- students: results.jsonl -->\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["distill_table.py", "--results", str(results), "--write", str(page)])
+    tool.main()
+    assert "| `leaves` |" in page.read_text()
+
+
+def made(method: str, seed: int, *rounds: tuple[int, float, float]) -> dict[str, Any]:
+    entries = [
+        {"images": images, "generating_seconds": seconds - 1, "training_seconds": 1.0, "top1": top1}
+        for images, seconds, top1 in rounds
+    ]
+    return {
+        "method": method,
+        "seed": seed,
+        "student": "small",
+        "teacher": "large",
+        "training": {"steps": 7, "part": "linear", "learning_rate": 0.01},
+        "machine": "abacus",
+        "threads": 2,
+        "torch": "2.15.0",
+        "result": {"rounds": entries, "images": rounds[-1][0], "teacher_top1": 80.0},
+    }
+
+
+def test_equal_images_and_equal_time(tool: Any) -> None:
+    text = tool.to_markdown(
+        [
+            made("slow", 0, (10, 100.0, 40.0), (20, 100.0, 60.0)),
+            made("slow", 1, (10, 90.0, 44.0), (20, 90.0, 50.0)),
+            made("quick", 0, (10, 40.0, 30.0), (20, 60.0, 35.0)),
+            made("none", 0, (10, 2.0, 10.0), (20, 2.0, 12.0)),
+        ]
+    )
+    rows = text.splitlines()
+    assert rows[0] == "| images by | 10 images | 20 images | seconds for 20 | after 100 s |"
+    assert rows[2] == "| `slow` | 42.0 [40.0, 44.0] | 55.0 [50.0, 60.0] | 190 | 42.0 [40.0, 44.0] |"
+    assert rows[3] == "| `quick` | 30.0 | 35.0 | 100 | 35.0 |"
+    assert rows[4] == "| `none` | 10.0 | 12.0 | 4 | 12.0 |"
+    assert "that has 80.0; the mean over seeds 0, 1" in text
+
+
+def test_nothing_within_the_time(tool: Any) -> None:
+    rounds = made("slow", 0, (10, 100.0, 40.0))["result"]["rounds"]
+    assert tool.after(rounds, 99.0) is None
+    assert tool.after(rounds, 100.0) == 40.0

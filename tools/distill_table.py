@@ -1,0 +1,151 @@
+"""Knowledge transfer by the method that makes the images: accuracy of the student at equal images and at equal time.
+
+    python tools/distill_table.py --images cifar10/test --crop-pct 1 \\
+        --teacher vit_tiny_patch16_224=teacher.safetensors --student deit_tiny_patch16_224=deit_tiny.safetensors
+
+tools/fit_teacher.py makes the teacher. For every method and seed one line of JSON in --results: images, seconds and
+accuracy after every round, under a constant learning rate, so that every round is a student of its own. Lines that are
+there are not made again, and a transfer that was stopped goes on; students and pools lie beside --results.
+--markdown prints the table of all lines; --write FILE.md puts it into a page, between
+`<!-- students: RESULTS.jsonl -->` and `<!-- end -->`. One machine, nothing else running: the seconds are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from accuracy_table import append, between_marks, machine, read_lines, shown
+
+import dfq
+
+KEY = ("teacher", "student", "method", "seed", "rounds", "round_images")
+METHODS = ["waves", "smi", "dense", "pri", "natural", "gaussian"]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    lines = read_lines(arguments.results)
+    if shown(arguments, lines, to_markdown, with_tables):
+        return
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    teacher_name, _, teacher_weights = arguments.teacher.partition("=")
+    student_name, _, student_weights = arguments.student.partition("=")
+    known = {tuple(line[key] for key in KEY) for line in lines}
+    teacher = dfq.load_model(teacher_name, checkpoint=teacher_weights or None, crop_pct=arguments.crop_pct)
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            cell = {"teacher": teacher_name, "student": student_name, "method": method, "seed": seed}
+            cell |= {"rounds": arguments.rounds, "round_images": arguments.round_images}
+            if tuple(cell[key] for key in KEY) in known:
+                continue
+            student = dfq.load_student(
+                student_name, teacher, checkpoint=student_weights or None, fresh_classifier=True, seed=seed
+            )
+            training = dfq.Training(steps=arguments.steps, learning_rate=arguments.learning_rate, decay="constant")
+            result = dfq.distill(
+                teacher,
+                student,
+                method,
+                rounds=arguments.rounds,
+                num_images=arguments.round_images,
+                training=training,
+                data=arguments.images,
+                seed=seed,
+                out=arguments.results.parent / "students" / f"{student_name}-{method}-{seed}",
+            )
+            line = cell | {"training": training.to_dict(), "result": result.to_dict(), "machine": machine()}
+            line |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(teacher.device)}
+            append(arguments.results, line)
+            print(to_markdown([line]), flush=True)
+
+
+def after(rounds: list[dict[str, Any]], seconds: float) -> float | None:
+    """Accuracy of the last student that was done within so many seconds; None where there was none."""
+    passed, found = 0.0, None
+    for entry in rounds:
+        passed += entry["generating_seconds"] + entry["training_seconds"]
+        if passed <= seconds and entry["top1"] is not None:
+            found = entry["top1"]
+    return found
+
+
+def seconds_of(rounds: list[dict[str, Any]]) -> float:
+    return float(sum(entry["generating_seconds"] + entry["training_seconds"] for entry in rounds))
+
+
+def to_markdown(lines: list[dict[str, Any]]) -> str:
+    """One table: a row for each method; columns at two numbers of images and at the time of the quickest inversion."""
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    runs = {method: [line["result"]["rounds"] for line in lines if line["method"] == method] for method in methods}
+    # Sources without inversion take no time worth comparing.
+    inverted = [seconds_of(rounds) for found in runs.values() for rounds in found if seconds_of(rounds) > _QUICK]
+    budget = min(inverted, default=0.0)
+    last = lines[0]["result"]["images"]
+    half = lines[0]["result"]["rounds"][(len(lines[0]["result"]["rounds"]) - 1) // 2]["images"]
+    head = f"| images by | {half} images | {last} images | seconds for {last} | after {budget:.0f} s |"
+    text = [head, "|---" * 5 + "|"]
+    for method, found in runs.items():
+        at_half = [entry["top1"] for rounds in found for entry in rounds if entry["images"] == half]
+        whole = [rounds[-1]["top1"] for rounds in found]
+        timed = [after(rounds, budget) for rounds in found]
+        cells = [_over_seeds(at_half), _over_seeds(whole), f"{mean(seconds_of(rounds) for rounds in found):.0f}"]
+        text.append(f"| {' | '.join([f'`{method}`', *cells, _over_seeds(timed)])} |")
+    first = lines[0]
+    teacher_top1 = first["result"]["teacher_top1"]
+    seeds = sorted({line["seed"] for line in lines})
+    training = first["training"]
+    text.append(
+        f"\nTop-1 in percent of a {first['student']} taught by a {first['teacher']} that has {teacher_top1:.1f}; the "
+        f"mean over seeds {', '.join(map(str, seeds))}, in brackets the lowest and the highest. {training['steps']} "
+        f"steps per round, {training['part']}, constant learning rate {training['learning_rate']}. "
+        f"{first['machine']}, {first['threads']} threads; torch {first['torch']}.\n"
+    )
+    return "\n".join(text)
+
+
+_QUICK = 30.0
+
+
+def _over_seeds(values: list[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    spread = f" [{min(found):.1f}, {max(found):.1f}]" if len(found) > 1 else ""
+    return f"{mean(found):.1f}{spread}"
+
+
+def with_tables(page: str, name: str, lines: list[dict[str, Any]]) -> str:
+    """`page` with what stands between the marks for the results file `name` replaced by its table."""
+    return between_marks(page, f"<!-- students: {name} -->\n", to_markdown(lines))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", metavar="NAME[=CHECKPOINT]")
+    parser.add_argument("--student", metavar="NAME[=CHECKPOINT]")
+    parser.add_argument("--crop-pct", type=float, help="of the teacher's preprocessing, which is the student's too")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--round-images", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200, help="per round")
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--results", type=Path, default=Path("runs/students/results.jsonl"))
+    parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
+    parser.add_argument("--markdown", action="store_true", help="print the table of --results")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table of --results into a page")
+    arguments = parser.parse_args()
+    given = arguments.teacher and arguments.student and arguments.images
+    if not (arguments.markdown or arguments.write or given):
+        parser.error("give --teacher, --student and --images, or --markdown, or --write")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
