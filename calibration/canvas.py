@@ -42,6 +42,9 @@ class Waves:
     no other does; wave by wave, with steps that fall with the frequency as amplitudes do in photographs, it makes
     shapes (Olah, Mordvintsev and Schubert, Feature Visualization, Distill 2017, "preconditioning").
 
+    Each image keeps the mean and the contrast, of its logits, that it begins with: left alone they grow until all is
+    black or white, which tells a network more than photographs do.
+
     power: of the frequency, that steps fall with; 1 for equal steps in every octave.
     """
 
@@ -56,6 +59,7 @@ class Waves:
         self._steps = frequency.pow(-power).to(initial.dtype)
         self._colour = COLOUR.to(initial)
         levels = ((initial - low) / self._range).clamp(_FLOOR, 1 - _FLOOR).logit()
+        self._mean, self._std = _exposure(levels)
         independent = torch.einsum("cd,bdhw->bchw", self._colour.inverse(), levels)
         waves = torch.fft.rfft2(independent, norm="forward") / self._steps
         self.parameter = torch.view_as_real(waves).contiguous()
@@ -81,7 +85,15 @@ class Waves:
         waves = torch.view_as_complex(parameter) * self._steps
         independent = torch.fft.irfft2(waves, s=self._size, norm="forward")
         levels = torch.einsum("cd,bdhw->bchw", self._colour, independent)
+        mean, std = _exposure(levels)
+        levels = self._mean + self._std * (levels - mean) / std
         return self._low + self._range * levels.sigmoid()
+
+
+def _exposure(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """levels: [B, 3, H, W] -> mean and standard deviation of each image, [B, 1, 1, 1]."""
+    axes = (-3, -2, -1)
+    return levels.mean(axes, keepdim=True), levels.std(axes, keepdim=True).clamp_min(_FLOOR)
 
 
 Canvas = Pixels | Waves

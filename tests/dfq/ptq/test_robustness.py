@@ -47,9 +47,8 @@ def made(reference: Model) -> CalibrationSet:
     return dfq.generate(reference, num_images=16, progress=False)
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
 def test_the_sizes_of_channels_after_a_norm_do_not_matter(
-    bits: str, reference: Model, rescaled: Model, made: CalibrationSet
+    reference: Model, rescaled: Model, made: CalibrationSet
 ) -> None:
     pixels, _ = digits("test")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (reference.preprocessing.mean, reference.preprocessing.std))
@@ -60,11 +59,11 @@ def test_the_sizes_of_channels_after_a_norm_do_not_matter(
         name="nothing moved",
         where="test",
     )
-    fast = [logit_sqnr(model, x, bits, made, "fast") for model in (reference, rescaled)]
+    fast = [logit_sqnr(model, x, "w4a8", made, "fast") for model in (reference, rescaled)]
     assert fast[1] > 25
     assert fast[1] > fast[0] - 2
     # Without moving ranges they do.
-    assert logit_sqnr(rescaled, x, bits, made, plain) < fast[1] - 2
+    assert logit_sqnr(rescaled, x, "w4a8", made, plain) < fast[1] - 2
 
 
 # --- massive activations
