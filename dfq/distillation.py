@@ -138,14 +138,20 @@ def distill(
             f"the student {student.name} has {student.num_classes} classes and the teacher {teacher.name} "
             f"{teacher.num_classes}: load_student gives it a classifier that fits"
         )
-    given = calibration if isinstance(calibration, CalibrationSet | None) else load_calibration_set(calibration)
-    one = plan or Plan(method, num_images, None, num_images, seed, "auto")
-    every = _of_all_rounds(one, rounds)
+    source: Plan | CalibrationSet
+    if calibration is None:
+        source = _of_all_rounds(plan or Plan(method, num_images, None, num_images, seed, "auto"), rounds)
+        check_method(teacher.module, source)
+        images = describe_run(teacher, source)
+    else:
+        source = calibration if isinstance(calibration, CalibrationSet) else load_calibration_set(calibration)
+        _check_size(teacher, source)
+        images = source.run | {"count": len(source)}
     run = {
         "teacher": teacher.origin.to_dict() | {"fingerprint": fingerprint(teacher.module)},
         "student": student.origin.to_dict() | {"fingerprint": fingerprint(student.module), "bits": student.bits},
         "preprocessing": [network.preprocessing.to_dict() for network in (teacher, student)],
-        "images": describe_run(teacher, every) if given is None else given.run | {"count": len(given)},
+        "images": images,
         "training": how.to_dict(),
         "rounds": rounds,
         "seed": seed,
@@ -153,20 +159,16 @@ def distill(
     }
     # Everything that can be wrong is found before the folder is touched.
     check_part(student, how)
-    if given is None:
-        check_method(teacher.module, every)
-    else:
-        _check_size(teacher, given)
     measured = None if data is None else _labelled(data, teacher, student)
     folder = None if out is None else _Folder(Path(out), run, overwrite=overwrite)
     if folder is not None and (found := folder.finished(student)) is not None:
         log.info("%s already holds this student; nothing to do", folder.path)
         return found
-    if given is None:
+    if isinstance(source, Plan):
         pool = None if folder is None else folder.path / POOL
-        parts = batches(teacher, every, out=pool, overwrite=overwrite, progress=progress)
+        parts = batches(teacher, source, out=pool, overwrite=overwrite, progress=progress)
     else:
-        parts = iter([given])
+        parts = iter([source])
     teach = _Teaching(teacher, student, how, rounds, seed, measured)
     done, teacher_top1 = teach.run(parts, None if folder is None else folder.state)
     result = Distillation(student, teacher.name, tuple(done), teacher_top1)

@@ -5,7 +5,8 @@
 
 tools/fit_teacher.py makes the teacher. For every method and seed one line of JSON in --results: images, seconds and
 accuracy after every round, under a constant learning rate, so that every round is a student of its own. Lines that are
-there are not made again, and a transfer that was stopped goes on; students and pools lie beside --results.
+there are not made again, and a transfer that was stopped goes on; students and pools lie beside --results. The method
+`real` draws on --real-images instead of making any: a ceiling.
 --markdown prints the table of all lines; --write FILE.md puts it into a page, between
 `<!-- students: RESULTS.jsonl -->` and `<!-- end -->`. One machine, nothing else running: the seconds are measured.
 """
@@ -54,6 +55,7 @@ def main() -> None:
                 rounds=arguments.rounds,
                 num_images=arguments.round_images,
                 training=training,
+                calibration=real_images(teacher, arguments) if method == "real" else None,
                 data=arguments.images,
                 seed=seed,
                 out=arguments.results.parent / "students" / f"{student_name}-{method}-{seed}",
@@ -62,6 +64,11 @@ def main() -> None:
             line |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(teacher.device)}
             append(arguments.results, line)
             print(to_markdown([line]), flush=True)
+
+
+def real_images(teacher: dfq.Model, arguments: argparse.Namespace) -> dfq.CalibrationSet:
+    """As many as the other pools end with, their labels not looked at: what images of the very task would teach."""
+    return dfq.real_images(teacher, arguments.real_images, arguments.rounds * arguments.round_images)
 
 
 def after(rounds: list[dict[str, Any]], seconds: float) -> float | None:
@@ -130,7 +137,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--student", metavar="NAME[=CHECKPOINT]")
     parser.add_argument("--crop-pct", type=float, help="of the teacher's preprocessing, which is the student's too")
     parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
+    parser.add_argument("--real-images", type=Path, metavar="DIR", help="for the method `real`: unlabelled photographs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--round-images", type=int, default=20)
