@@ -63,6 +63,28 @@ class Origin:
     seed: int | None = None
     fingerprint: str = ""
 
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        name: str,
+        architecture: str,
+        arguments: dict[str, Any],
+        *,
+        checkpoint: Path | str | None,
+        seed: int | None,
+    ) -> Origin:
+        """That of `module`, which was just built; seed: of random weights, None where they are not."""
+        return cls(
+            name=name,
+            architecture=architecture,
+            arguments=arguments,
+            checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+            random_weights=seed is not None,
+            seed=seed,
+            fingerprint=fingerprint(module),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -368,14 +390,8 @@ def load_model(
     overrides: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
     preprocessing = replace(preprocessing, **{key: value for key, value in overrides.items() if value is not None})
     module.eval().requires_grad_(False)
-    origin = Origin(
-        name=name,
-        architecture=architecture,
-        arguments=arguments,
-        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
-        random_weights=random_weights,
-        seed=seed if random_weights else None,
-        fingerprint=fingerprint(module),
+    origin = Origin.of(
+        module, name, architecture, arguments, checkpoint=checkpoint, seed=seed if random_weights else None
     )
     log.info("%s: %s", name, preprocessing.describe())
     return Model(module.to(target), preprocessing, origin)

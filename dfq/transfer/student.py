@@ -14,7 +14,7 @@ from torch import nn
 from dfq import reference
 from dfq.errors import UnsupportedModelError, UsageError
 from dfq.models import REFERENCE, Model, Origin, build_architecture, build_network, seeded
-from dfq.weights import check_finite, fingerprint, load_into, read_weights
+from dfq.weights import check_finite, load_into, read_weights
 
 log = logging.getLogger("dfq")
 
@@ -67,14 +67,8 @@ def load_student(
         log.info("%s: a new classifier for %d classes", name, teacher.num_classes)
         arguments |= {} if architecture == REFERENCE else {"num_classes": teacher.num_classes}
     module.eval().requires_grad_(False)
-    origin = Origin(
-        name=name,
-        architecture=architecture,
-        arguments=arguments,
-        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
-        random_weights=random_weights,
-        seed=seed if random_weights else None,
-        fingerprint=fingerprint(module),
+    origin = Origin.of(
+        module, name, architecture, arguments, checkpoint=checkpoint, seed=seed if random_weights else None
     )
     return Model(module.to(teacher.device), replace(teacher.preprocessing, mean=mean, std=std), origin)
 
