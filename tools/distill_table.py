@@ -93,7 +93,8 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
     inverted = [seconds_of(rounds) for found in runs.values() for rounds in found if seconds_of(rounds) > _QUICK]
     budget = min(inverted, default=0.0)
     last = lines[0]["result"]["images"]
-    half = lines[0]["result"]["rounds"][(len(lines[0]["result"]["rounds"]) - 1) // 2]["images"]
+    # A pool that is whole from the first round on has no half.
+    half = min(rounds[(len(rounds) - 1) // 2]["images"] for found in runs.values() for rounds in found)
     head = f"| images by | {half} images | {last} images | seconds for {last} | after {budget:.0f} s |"
     text = [head, "|---" * 5 + "|"]
     for method, found in runs.items():
@@ -106,11 +107,12 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
     teacher_top1 = first["result"]["teacher_top1"]
     seeds = sorted({line["seed"] for line in lines})
     training = first["training"]
+    listed = ", ".join(map(str, seeds))
+    over = f"the mean over seeds {listed}, in brackets lowest and highest" if len(seeds) > 1 else f"seed {listed}"
     text.append(
-        f"\nTop-1 in percent of a {first['student']} taught by a {first['teacher']} that has {teacher_top1:.1f}; the "
-        f"mean over seeds {', '.join(map(str, seeds))}, in brackets the lowest and the highest. {training['steps']} "
-        f"steps per round, {training['part']}, constant learning rate {training['learning_rate']}. "
-        f"{first['machine']}, {first['threads']} threads; torch {first['torch']}.\n"
+        f"\nTop-1 in percent of a {first['student']} taught by a {first['teacher']} that has {teacher_top1:.1f}; "
+        f"{over}. {training['steps']} steps per round, {training['part']}, constant learning rate "
+        f"{training['learning_rate']}. {first['machine']}, threads: {first['threads']}; torch {first['torch']}.\n"
     )
     return "\n".join(text)
 

@@ -65,6 +65,7 @@ def test_equal_images_and_equal_time(tool: Any) -> None:
             made("slow", 1, (10, 90.0, 44.0), (20, 90.0, 50.0)),
             made("quick", 0, (10, 40.0, 30.0), (20, 60.0, 35.0)),
             made("none", 0, (10, 2.0, 10.0), (20, 2.0, 12.0)),
+            made("real", 0, (20, 2.0, 61.0), (20, 2.0, 63.0)),
         ]
     )
     rows = text.splitlines()
@@ -72,7 +73,9 @@ def test_equal_images_and_equal_time(tool: Any) -> None:
     assert rows[2] == "| `slow` | 42.0 [40.0, 44.0] | 55.0 [50.0, 60.0] | 190 | 42.0 [40.0, 44.0] |"
     assert rows[3] == "| `quick` | 30.0 | 35.0 | 100 | 35.0 |"
     assert rows[4] == "| `none` | 10.0 | 12.0 | 4 | 12.0 |"
-    assert "that has 80.0; the mean over seeds 0, 1" in text
+    assert rows[5] == "| `real` | - | 63.0 | 4 | 63.0 |"
+    assert "that has 80.0; the mean over seeds 0, 1, in brackets" in text
+    assert "that has 80.0; seed 0. 7 steps" in tool.to_markdown([made("quick", 0, (10, 40.0, 30.0))])
 
 
 def test_nothing_within_the_time(tool: Any) -> None:
