@@ -13,7 +13,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from dfq.errors import DfqError, UsageError
 from dfq.evaluation import evaluate
@@ -134,7 +134,7 @@ class Trainee:
             with torch.no_grad():
                 right = self._classifier(features.to(self.view.network.device)).argmax(1).cpu() == labels
             return 100 * float(right.double().mean())
-        noted = _Noted(data)
+        noted = data if isinstance(data, IterableDataset) else _Noted(data)
         entering: list[Tensor] = []
         module = self.view.network.module
         training = module.training
@@ -144,7 +144,7 @@ class Trainee:
                 found = evaluate(self.view.network, noted, progress=False).top1  # type: ignore[arg-type]
         finally:
             module.train(training)
-        if entering:
+        if entering and isinstance(noted, _Noted):
             self._seen = torch.cat(entering), torch.tensor(noted.labels)
         return found
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 import dfq
 from calibration.calibration_set import CalibrationSet
@@ -164,6 +165,18 @@ def test_accuracy_is_that_of_evaluate_at_every_measure(
             found.append(looked_at)
             assert measured == pytest.approx(expected)
     assert found == ([70, 0, 0] if part == "linear" else [70, 70, 70])
+
+
+def test_accuracy_on_a_dataset_that_can_only_be_read_in_order(tiny: Callable[..., Model], images_for: Images) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            generator = torch.Generator().manual_seed(0)
+            return iter([(torch.randn(3, 32, 32, generator=generator), index % 5) for index in range(20)])
+
+    student = tiny(seed=2)
+    with trained(View(student, torch.float32), Training()) as trainee:
+        for _ in range(2):
+            assert trainee.top1(Stream()) == dfq.evaluate(student, Stream(), progress=False).top1
 
 
 def test_more_layers_than_there_are(tiny: Callable[..., Model], images_for: Images) -> None:
