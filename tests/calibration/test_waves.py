@@ -62,7 +62,7 @@ def test_the_run_tells_of_them_only_where_they_are(reference: dfq.Model) -> None
     told = describe(WAVES.objective, Dense(), WAVES.settings)
     assert (told["optimiser"]["waves"], told["optimiser"]["noise"], told["augment"]["smallest_window"]) == (
         1.5,
-        0.4,
+        0.2,
         0.7,
     )
     plain = describe(WAVES.objective, Dense(), Settings())

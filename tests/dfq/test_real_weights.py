@@ -46,21 +46,13 @@ def test_full_precision_knows_photographs(deit: Model, photographs: list[tuple[T
     assert result.top5 >= 100 * 32 / 40
 
 
-def test_w8a8_agrees_with_full_precision(deit: Model, photographs: list[tuple[Tensor, int]]) -> None:
-    calibration = dfq.real_images(deit, PHOTOGRAPHS, 4)
-    quantized = dfq.quantize(deit, "w8a8", calibration=calibration, progress=False)
-    result = evaluate(quantized, photographs, baseline=deit, batch_size=20, progress=False)
-    assert result.comparison is not None
-    assert result.comparison.agreement >= 90
-    assert result.comparison.logit_sqnr_db > 15
-    assert quantized.weight_bytes < 0.3 * deit.weight_bytes
-
-
 def test_images_made_by_default_stand_in_for_photographs(deit: Model, photographs: list[tuple[Tensor, int]]) -> None:
-    calibration = dfq.generate(deit, num_images=4, progress=False)
+    calibration = dfq.generate(deit, num_images=2, progress=False)
     assert calibration.confidence is not None
     assert calibration.confidence.mean() > 0.2  # of one class in a thousand
     quantized = dfq.quantize(deit, "w8a8", calibration=calibration, progress=False)
     result = evaluate(quantized, photographs, baseline=deit, batch_size=20, progress=False)
     assert result.comparison is not None
     assert result.comparison.agreement >= 85
+    assert result.comparison.logit_sqnr_db > 13
+    assert quantized.weight_bytes < 0.3 * deit.weight_bytes
