@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dfq demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
