@@ -302,6 +302,7 @@ def _distill(arguments: argparse.Namespace) -> None:
     training = Training(
         part=arguments.train,
         steps=arguments.steps,
+        windows=arguments.windows,
         batch_size=arguments.train_batch_size,
         temperature=arguments.temperature,
         optimizer=arguments.opt or ("adamw" if quantized else "sgd"),

@@ -310,7 +310,7 @@ class _Teaching:
             views = [View(network, dtype) for network in (self._teacher, self._student)]
             trainee = stack.enter_context(trained(views[1], self._training))
             optimizer = optimizer_of(trainee, self._training)
-            pool = Pool(views[0], 0 if self._data is not None else HELD_OUT_EVERY)
+            pool = Pool(views[0], 0 if self._data is not None else HELD_OUT_EVERY, self._training.windows)
             if state is not None:
                 done = state.take_up(trainee, optimizer)
                 if done:
@@ -320,18 +320,18 @@ class _Teaching:
                 if number > 1:
                     part = next(parts, None)
                     generating = time.monotonic() - started
+                started = time.monotonic()
                 if part is not None:
                     pool.add(part)
                 if number <= len(done):
                     continue
-                started = time.monotonic()
                 divergence = self._train(trainee, optimizer, pool, number)
                 seconds = time.monotonic() - started
                 if not math.isfinite(divergence):
                     raise DfqError("the student left the finite numbers: give a lower learning rate")
                 entry = Round(
                     number,
-                    len(pool),
+                    pool.num_images,
                     divergence,
                     self._agreement(trainee, pool),
                     self._top1(trainee, number),

@@ -203,6 +203,13 @@ def build_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--train-batch-size", type=_positive, default=128, metavar="N", help="images per step (%(default)s)"
     )
     training.add_argument(
+        "--windows",
+        type=_count,
+        default=9,
+        metavar="N",
+        help="random windows of each whole image that are shown besides it (%(default)s)",
+    )
+    training.add_argument(
         "--temperature", type=_above_zero, default=20.0, metavar="X", help="of both distributions (%(default)s)"
     )
     training.add_argument("--opt", choices=("sgd", "adamw"), help="optimizer (sgd; of a quantized student adamw)")

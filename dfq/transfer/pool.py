@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
 
 from calibration import CalibrationSet
 from calibration.calibration_set import normalise
@@ -19,6 +21,12 @@ from dfq.models import Network
 
 BATCH = 32
 """Images that pass a network at once where no gradient is taken."""
+
+AREA = (0.25, 1.0)
+"""Of a window, of its image."""
+
+ASPECT = (3 / 4, 4 / 3)
+"""Of a window, width to height."""
 
 
 @dataclass(frozen=True)
@@ -56,56 +64,95 @@ def of_one_size(mask: Tensor) -> Iterator[Tensor]:
 
 
 class Pool:
-    """Images as they come, and the teacher's logits for each, taken once.
+    """Images as they come, windows of them, and the teacher's logits for each picture, taken once.
 
-    hold_out: of so many images the last one is never drawn, 0 for none.
+    windows: of each whole image, besides itself; sparse ones have none. A picture has a number: that of its image times
+    `windows + 1`, and the image itself comes first. hold_out: of so many images the last one is never drawn, 0 for
+    none, nor are its windows.
     """
 
-    def __init__(self, teacher: View, hold_out: int) -> None:
-        self._teacher, self._hold_out = teacher, hold_out
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, teacher: View, hold_out: int, windows: int = 0) -> None:
+        self._teacher, self._hold_out, self._per_image = teacher, hold_out, windows + 1
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, part: CalibrationSet) -> None:
         """Take in images, and ask the teacher what it makes of them."""
-        logits = torch.empty(len(part), self._teacher.network.num_classes)
-        with torch.inference_mode():
-            for alike in of_one_size(part.mask):
-                for some in torch.split(alike, BATCH):
-                    logits[some] = self._teacher(part.images[some], part.mask[some]).cpu()
-        parts = [*self._parts, (part.images, part.mask, logits.clone())]
+        first = self.num_images
+        boxes = torch.stack([self._boxes(first + index, image) for index, image in enumerate(part.images)])
+        logits = torch.zeros(len(part) * self._per_image, self._teacher.network.num_classes)
+        parts = [*self._parts, (part.images, part.mask, boxes, logits)]
         self._parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]  # type: ignore[list-item]
+        new = torch.arange(first * self._per_image, len(self))
+        with torch.inference_mode():
+            for some, images, mask in self.batches(new[self._shown(new)]):
+                self.logits[some] = self._teacher(images, mask).cpu()
+
+    def batches(self, chosen: Tensor, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """chosen: numbers of pictures -> (some of them, uint8 [B, 3, H, W], mask [B, rows, columns]), of one size."""
+        for alike in of_one_size(self._mask[chosen // self._per_image]):
+            for some in torch.split(chosen[alike], size):
+                yield (
+                    some,
+                    torch.stack([self._picture(int(number)) for number in some]),
+                    self._mask[some // self._per_image],
+                )
+
+    def _picture(self, number: int) -> Tensor:
+        image, window = divmod(number, self._per_image)
+        picture = self._parts[0][0][image]
+        if window == 0:
+            return picture
+        top, left, height, width, mirrored = self._parts[0][2][image, window - 1].tolist()
+        cut: Tensor = resized_crop(picture, top, left, height, width, list(picture.shape[-2:]), antialias=True)
+        return cut.flip(-1) if mirrored else cut
+
+    def _boxes(self, number: int, image: Tensor) -> Tensor:
+        """int [windows, 5]: top, left, height, width in pixels, and whether mirrored; by the number of the image."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(number)
+            boxes = [
+                [*RandomResizedCrop.get_params(image, list(AREA), list(ASPECT)), int(torch.rand(()) < 0.5)]
+                for _ in range(self._per_image - 1)
+            ]
+        return torch.tensor(boxes, dtype=torch.int64).view(-1, 5)
 
     @property
-    def images(self) -> Tensor:
-        """uint8 [M, 3, H, W]"""
-        return self._parts[0][0]
-
-    @property
-    def mask(self) -> Tensor:
-        """bool [M, rows, columns]"""
+    def _mask(self) -> Tensor:
+        """bool [M, rows, columns], of the images"""
         return self._parts[0][1]
 
     @property
     def logits(self) -> Tensor:
-        """[M, C], the teacher's"""
-        return self._parts[0][2]
+        """[pictures, C], the teacher's; zeros for windows that are never shown."""
+        return self._parts[0][3]
+
+    @property
+    def num_images(self) -> int:
+        """That came in."""
+        return len(self._parts[0][0]) if self._parts else 0
 
     def __len__(self) -> int:
-        return len(self._parts[0][0]) if self._parts else 0
+        """Pictures that have a number."""
+        return self.num_images * self._per_image
 
     @property
     def trained_on(self) -> Tensor:
-        """Indices of the images that may be drawn."""
-        return self._split()[0]
+        """Numbers of the pictures that may be drawn."""
+        pictures = torch.arange(len(self))
+        return pictures[self._shown(pictures) & ~self._held_out(pictures)]
 
     @property
     def held_out(self) -> Tensor:
-        """Indices of those that may not."""
-        return self._split()[1]
+        """Numbers of the images that may not."""
+        pictures = torch.arange(len(self))
+        return pictures[(pictures % self._per_image == 0) & self._held_out(pictures)]
 
-    def _split(self) -> tuple[Tensor, Tensor]:
-        places = torch.arange(len(self))
+    def _shown(self, pictures: Tensor) -> Tensor:
+        """Images, and windows of whole ones."""
+        whole = self._mask.flatten(1).all(1)
+        return (pictures % self._per_image == 0) | whole[pictures // self._per_image]
+
+    def _held_out(self, pictures: Tensor) -> Tensor:
         if not self._hold_out:
-            return places, places[:0]
-        last = places % self._hold_out == self._hold_out - 1
-        return places[~last], places[last]
+            return torch.zeros(len(pictures), dtype=torch.bool)
+        return pictures // self._per_image % self._hold_out == self._hold_out - 1

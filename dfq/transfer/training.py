@@ -21,7 +21,7 @@ from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
 from dfq.ptq.tuning import Tuned, tunable
 from dfq.recipe import Reconstruction
-from dfq.transfer.pool import BATCH, Pool, View, of_one_size
+from dfq.transfer.pool import Pool, View
 
 Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["cosine", "constant"]
@@ -34,9 +34,11 @@ class Training:
     """How a student is trained.
 
     part: `linear`, the classifier alone (SMI, section 4.3); `last-K`, also the last K layers below it, as timm groups
-    them: blocks, in a ViT; `full`, everything. steps: per round; batch_size: images per step; temperature: of both
-    distributions in the Kullback-Leibler divergence, which is multiplied by its square (Hinton et al., 2015);
-    learning_rate: at the start, None for one that suits the rest; decay: of the rate over the whole run.
+    them: blocks, in a ViT; `full`, everything. steps: per round; batch_size: pictures per step; windows: of each whole
+    image that are shown besides it, at random, of a quarter of its area or more, each with what the teacher makes of
+    it, none of sparse images; temperature: of both distributions in the Kullback-Leibler divergence, which is
+    multiplied by its square (Hinton et al., 2015); learning_rate: at the start, None for one that suits the rest;
+    decay: of the rate over the whole run.
 
     Raises UsageError for what cannot be meant.
     """
@@ -44,6 +46,7 @@ class Training:
     part: str = "linear"
     steps: int = 100
     batch_size: int = 128
+    windows: int = 9
     temperature: float = 20.0
     optimizer: Optimizer = "sgd"
     learning_rate: float | None = None
@@ -60,6 +63,8 @@ class Training:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.windows < 0:
+            raise UsageError(f"the number of windows must be 0 or more, not {self.windows}")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"the temperature must be a positive number, not {self.temperature}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
@@ -149,26 +154,25 @@ class Trainee:
         return found
 
     def logits(self, pool: Pool, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices of some of the chosen images, the student's logits for them), until all have been given."""
+        """(numbers of some of the chosen pictures, the student's logits for them), until all have been given."""
         if self._classifier is not None:
             self._look_at_what_is_new(pool, self._classifier)
             yield chosen, self._classifier(self._features[0][chosen].to(self.view.network.device))
             return
-        for alike in of_one_size(pool.mask[chosen]):
-            some = chosen[alike]
-            yield some, self.view(pool.images[some], pool.mask[some])
+        for some, images, mask in pool.batches(chosen, len(chosen)):
+            yield some, self.view(images, mask)
 
     def _look_at_what_is_new(self, pool: Pool, classifier: nn.Linear) -> None:
         known = len(self._features[0]) if self._features else 0
         if known == len(pool):
             return
-        found = torch.empty(len(pool) - known, classifier.in_features)
+        found = torch.zeros(len(pool) - known, classifier.in_features)
         entering: list[Tensor] = []
+        used = torch.cat([pool.trained_on, pool.held_out])
         with _inputs_of(classifier, entering), torch.no_grad():
-            for alike in of_one_size(pool.mask[known:]):
-                for some in torch.split(alike, BATCH):
-                    self.view(pool.images[known + some], pool.mask[known + some])
-                    found[some] = entering.pop()
+            for some, images, mask in pool.batches(used[used >= known]):
+                self.view(images, mask)
+                found[some - known] = entering.pop()
         self._features = [torch.cat([*self._features, found])]
 
 
@@ -293,7 +297,7 @@ def optimizer_of(trainee: Trainee, training: Training) -> torch.optim.Optimizer:
 
 
 def step(trainee: Trainee, optimizer: torch.optim.Optimizer, pool: Pool, chosen: Tensor, temperature: float) -> float:
-    """One step on the chosen images of the pool; gives the mean divergence before it."""
+    """One step on the chosen pictures of the pool; gives the mean divergence before it."""
     trainee.apply()
     optimizer.zero_grad()
     total = 0.0

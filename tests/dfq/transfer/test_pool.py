@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,13 +69,80 @@ def test_what_the_teacher_makes_of_each_image(
     pool = Pool(View(teacher, torch.float32), 0)
     mixed = torch.ones(5, 4, 4, dtype=torch.bool)
     mixed[1::2] = left_half[0]
-    pool.add(images_for(5, mixed))
-    pool.add(images_for(3))
-    assert (len(pool), pool.logits.shape) == (8, (8, 5))
+    some, others = images_for(5, mixed), images_for(3)
+    pool.add(some)
+    pool.add(others)
+    assert (len(pool), pool.num_images, pool.logits.shape) == (8, 8, (8, 5))
     view = View(teacher, torch.float32)
     for index in range(8):
-        alone = view(pool.images[[index]], pool.mask[[index]])[0]
+        of, place = (some, index) if index < 5 else (others, index - 5)
+        alone = view(of.images[[place]], of.mask[[place]])[0]
         torch.testing.assert_close(pool.logits[index], alone, atol=1e-5, rtol=1e-4)
+
+
+def pictures(pool: Pool) -> dict[int, torch.Tensor]:
+    return {
+        int(number): image
+        for numbers, images, _ in pool.batches(pool.trained_on, 3)
+        for number, image in zip(numbers, images, strict=True)
+    }
+
+
+def test_windows_are_cut_from_each_image(tiny: Callable[..., Model], images_for: Images) -> None:
+    teacher, part = tiny(), images_for(4)
+    # Red grows to the right, green downwards, blue is the image's number.
+    across = torch.arange(0, 256, 8, dtype=torch.uint8).expand(32, 32)
+    part.images[:] = torch.stack([torch.stack([across, across.T, torch.full_like(across, 50 * i)]) for i in range(4)])
+    pool = Pool(View(teacher, torch.float32), 0, windows=6)
+    pool.add(part)
+    shown = pictures(pool)
+    assert sorted(shown) == list(range(28))
+    assert (len(pool), pool.num_images) == (28, 4)
+    mirrored = 0
+    for number, picture in shown.items():
+        image, window = divmod(number, 7)
+        assert picture.shape == (3, 32, 32)
+        assert picture[2].unique().tolist() == [50 * image]
+        rows, columns = picture.float().mean(2)[1], picture.float().mean(1)[0]
+        extent = [float(abs(line[-1] - line[0])) / 248 for line in (rows, columns)]
+        if window == 0:
+            assert torch.equal(picture, part.images[image])
+        else:
+            # A quarter of the area or more, and not all too narrow.
+            assert 0.2 < extent[0] * extent[1] < 0.999
+            assert rows[-1] > rows[0]
+        mirrored += int(columns[0] > columns[-1])
+        torch.testing.assert_close(
+            pool.logits[number],
+            View(teacher, torch.float32)(picture[None], part.mask[:1])[0].detach(),
+            atol=1e-5,
+            rtol=1e-4,
+        )
+    assert 6 <= mirrored <= 18
+    assert len({picture.numpy().tobytes() for picture in shown.values()}) == 28
+
+
+def test_windows_depend_on_nothing_but_the_image(tiny: Callable[..., Model], images_for: Images) -> None:
+    part = images_for(4)
+    whole, in_parts = (Pool(View(tiny(), torch.float32), 0, windows=2) for _ in range(2))
+    torch.manual_seed(1)
+    whole.add(part)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    for some in (slice(0, 1), slice(1, 4)):
+        in_parts.add(replace(part, images=part.images[some], mask=part.mask[some]))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    one, other = pictures(whole), pictures(in_parts)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[number], other[number]) for number in one)
+
+
+def test_sparse_images_have_no_windows(tiny: Callable[..., Model], images_for: Images, left_half: torch.Tensor) -> None:
+    mixed = torch.ones(3, 4, 4, dtype=torch.bool)
+    mixed[1] = left_half[0]
+    pool = Pool(View(tiny(), torch.float32), 0, windows=2)
+    pool.add(images_for(3, mixed))
+    assert pool.trained_on.tolist() == [0, 1, 2, 3, 6, 7, 8]
 
 
 def test_images_held_out_are_not_drawn(tiny: Callable[..., Model], images_for: Images) -> None:
@@ -86,3 +154,7 @@ def test_images_held_out_are_not_drawn(tiny: Callable[..., Model], images_for: I
     everything = Pool(View(tiny(), torch.float32), 0)
     everything.add(images_for(4))
     assert (everything.trained_on.tolist(), everything.held_out.tolist()) == ([0, 1, 2, 3], [])
+    # Nor are windows of them, and what is measured on is no window.
+    windows = Pool(View(tiny(), torch.float32), 3, windows=1)
+    windows.add(images_for(4))
+    assert (windows.trained_on.tolist(), windows.held_out.tolist()) == ([0, 1, 2, 3, 6, 7], [4])

@@ -29,6 +29,12 @@ def pool_of(teacher: Model, images: CalibrationSet) -> Pool:
     return pool
 
 
+def shown(pool: Pool, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture and its mask, alone in a batch."""
+    ((_, image, mask),) = pool.batches(torch.tensor([number]))
+    return image, mask
+
+
 def weights(model: Model) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.module.state_dict().items()}
 
@@ -105,7 +111,7 @@ def test_a_linear_student_in_steps_of_pools_that_grow(tiny: Callable[..., Model]
             ((chosen, found),) = trainee.logits(pool, torch.tensor([5, 0, 3]))
         assert chosen.tolist() == [5, 0, 3]
         assert sum(passes) == 7
-    expected = torch.cat([view(pool.images[[i]], pool.mask[[i]]) for i in (5, 0, 3)])
+    expected = torch.cat([view(*shown(pool, i)) for i in (5, 0, 3)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -118,7 +124,7 @@ def test_images_that_keep_different_numbers_of_patches_share_a_step(
     mask[3:, :2] = False
     pool = pool_of(teacher, images_for(5, mask))
     view = View(student, torch.float32)
-    alone = [divergence(view(pool.images[[i]], pool.mask[[i]]), pool.logits[[i]], 20.0).item() for i in range(5)]
+    alone = [divergence(view(*shown(pool, i)), pool.logits[[i]], 20.0).item() for i in range(5)]
     (found,) = take_steps(student, pool, Training("full", learning_rate=1e-6))
     assert found == pytest.approx(sum(alone) / 5, rel=1e-4)
 
