@@ -8,7 +8,8 @@ from calibration.calibration_set import CalibrationSet, load_calibration_set
 from calibration.errors import DfqError
 from calibration.initial import INITIAL, initial_images
 from calibration.inversion import Inverted, Progress, Settings, invert
-from calibration.methods import METHODS, Method, Plan, check_method, generate
+from calibration.making import generate
+from calibration.methods import METHODS, Method, Plan, check_method
 from calibration.objectives import Loss, Objective, Scene, Step
 from calibration.schedules import Choice, Dense, PatchSchedule, ProgressiveStop, Rebirth
 from calibration.sources import real_images

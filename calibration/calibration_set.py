@@ -6,20 +6,25 @@ per batch, and `preview.png`. Pixels are 8-bit, as they would be in a picture fi
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calibration.errors import DfqError
-from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.files import FolderLock, make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.team import ALONE, Team
 from calibration.tokens import PatchGrid, keep_of_mask
+
+log = logging.getLogger("dfq")
 
 FORMAT = "dfq.calibration_set"
 VERSION = 1
@@ -136,27 +141,38 @@ class SetFolder:
     """A calibration set on disk while it is being made: which batches are there, and which are missing.
 
     A folder that holds the same run is continued; one that holds anything else is refused, unless `overwrite`, which
-    removes the files of a calibration set there and nothing else.
+    removes the files of a calibration set there and nothing else. The leader of a team claims the folder and finishes
+    the set; everybody reads and writes batches.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any], versions: dict[str, str], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        run: dict[str, Any],
+        versions: dict[str, str],
+        *,
+        overwrite: bool = False,
+        team: Team = ALONE,
+    ) -> None:
         self.path = path
         # As it will be read back: JSON knows lists, not tuples.
         self._run = json.loads(json.dumps(run))
         self._versions = versions
-        self._checksums: dict[str, str] = {}
-        make_directory(path)
-        self._claim(overwrite)
+        self._lock: FolderLock | None = None
+        self._checksums = team.lead(lambda: self._claim(overwrite))
+        self.complete = bool(self._checksums)
 
-    def _claim(self, overwrite: bool) -> None:
+    def _claim(self, overwrite: bool) -> dict[str, str]:
+        """The checksums of the batches of a set that is complete."""
+        make_directory(self.path)
+        self._lock = FolderLock(self.path)
         path = self.path / MANIFEST
         if path.exists():
             manifest = read_json(path)
             if manifest.get("format") != FORMAT:
                 raise DfqError(f"{path} does not describe a calibration set; choose another --out")
             if (manifest.get("version"), manifest.get("run")) == (VERSION, self._run):
-                self._checksums = _checksums(manifest, path)
-                return
+                return _checksums(manifest, path)
             if not overwrite:
                 raise DfqError(
                     f"{self.path} holds a calibration set of another run; choose another --out or give --overwrite"
@@ -165,9 +181,10 @@ class SetFolder:
                 shard.unlink()
             for picture in ("preview.png", "trace.png"):
                 (self.path / picture).unlink(missing_ok=True)
-        elif any(self.path.iterdir()):
+        elif any(not path.name.endswith(".partial") for path in self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no calibration set; choose another --out")
         self._write_manifest([])
+        return {}
 
     def _write_manifest(self, shards: list[dict[str, Any]]) -> None:
         write_json(
@@ -186,29 +203,42 @@ class SetFolder:
         return self.path / f"shard-{index:05d}.safetensors"
 
     def read(self, index: int) -> CalibrationSet | None:
-        """Batch `index` where it has been made, else None. Raises DfqError where it is damaged."""
+        """Batch `index` where it has been made, else None; one that is damaged is named, and counts as not made."""
         path = self._shard(index)
-        return _read_shard(path, self._run, self._checksums.get(path.name)) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return _read_shard(path, self._run, self._checksums.get(path.name))
+        except DfqError as error:
+            log.warning("%s: it is made again", error)
+            return None
 
     def write(self, index: int, part: CalibrationSet) -> None:
         """Keep batch `index`."""
         tensors = {name: getattr(part, name) for name in ("images", "mask", "labels", "confidence", "iterations")}
         present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         # One entry: safetensors writes several in an order that changes from run to run, and checksums with it.
-        content = save(present, {"dfq": f"{FORMAT} {VERSION}, batch {index}"})
+        content = save(present, {"dfq": f"{FORMAT} {VERSION}, batch {index}, sha256 {_sum_of(present)}"})
         path = self._shard(index)
         replace_file(path, lambda partial: partial.write_bytes(content))
         self._checksums.pop(path.name, None)
+        self.complete = False
 
-    def finish(self, parts: list[CalibrationSet]) -> None:
-        """Declare the set complete, with a checksum for each batch."""
-        paths = [self._shard(index) for index in range(len(parts))]
+    def finish(self, counts: Sequence[int]) -> None:
+        """Declare the set complete, with a checksum for each batch; counts: of the images in each."""
+        self.complete = True
+        paths = [self._shard(index) for index in range(len(counts))]
         self._write_manifest(
             [
-                {"file": path.name, "images": len(part), "sha256": sha256_of(path)}
-                for path, part in zip(paths, parts, strict=True)
+                {"file": path.name, "images": count, "sha256": sha256_of(path)}
+                for path, count in zip(paths, counts, strict=True)
             ]
         )
+
+    def release(self) -> None:
+        """Let others write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
 
 def load_calibration_set(path: Path | str) -> CalibrationSet:
@@ -232,7 +262,10 @@ def load_calibration_set(path: Path | str) -> CalibrationSet:
         shard = folder / name
         if Path(name).name != name or not shard.is_file():
             raise DfqError(f"{manifest_path} names {name!r}, which is not a file in {folder}")
-        parts.append(_read_shard(shard, run, checksum))
+        try:
+            parts.append(_read_shard(shard, run, checksum))
+        except DfqError as error:
+            raise DfqError(f"{error}: the command that made the set makes it again") from error
     return concatenate(parts)
 
 
@@ -246,9 +279,13 @@ def _checksums(manifest: dict[str, Any], path: Path) -> dict[str, str]:
 
 def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> CalibrationSet:
     if checksum is not None and sha256_of(path) != checksum:
-        raise DfqError(f"{path} is damaged: its checksum is not that in {MANIFEST}; delete it and generate again")
+        raise DfqError(f"{path} is damaged (its checksum is not that in {MANIFEST})")
     try:
+        with safe_open(path, framework="pt") as file:
+            note = (file.metadata() or {}).get("dfq", "")
         tensors = load_file(path)
+        if checksum is None and not note.endswith(f"sha256 {_sum_of(tensors)}"):
+            raise ValueError("its tensors are not those that were written")
         return CalibrationSet(
             images=tensors["images"],
             mask=tensors["mask"],
@@ -260,4 +297,14 @@ def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> Calibr
             iterations=tensors.get("iterations"),
         )
     except (DfqError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DfqError(f"{path} is damaged ({error}); delete it and generate again") from error
+        raise DfqError(f"{path} is damaged ({error})") from error
+
+
+def _sum_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU: their names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()

@@ -1,16 +1,21 @@
-"""Files that are whole or absent: written beside their name, then renamed into place."""
+"""Files that are whole or absent: written beside their name, then renamed into place. Folders with one owner."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 from calibration.errors import DfqError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def make_directory(path: Path) -> None:
@@ -21,6 +26,33 @@ def make_directory(path: Path) -> None:
         raise DfqError(f"cannot create the folder {path}: {error.strerror or error}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise DfqError(f"cannot write to the folder {path}: permission denied; choose another --out")
+
+
+class FolderLock:
+    """A folder that no other run writes to while this is held: until `release`, or until the process ends, however.
+
+    The lock is on the folder itself and leaves no file behind. Windows and some network file systems have none; there
+    nobody is kept out. Raises DfqError where another run holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.release: Callable[[], object] = lambda: None
+        if sys.platform == "win32":
+            return
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DfqError(f"cannot read the folder {path}: {error.strerror or error}") from error
+        self.release = finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise DfqError(
+                f"another process is at work in {path}: wait until it is done, or choose another --out"
+            ) from None
+        except OSError:
+            self.release()
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calibration import inversion
 from calibration.attention import capture
 from calibration.augment import RollAndFlip
-from calibration.calibration_set import CalibrationSet, SetFolder, concatenate, to_pixels
 from calibration.errors import DfqError
-from calibration.initial import INITIAL, initial_images
-from calibration.inversion import DivergedError, Inverted, Progress, Settings
-from calibration.memory import images_that_fit
-from calibration.objectives import Objective, soft_targets
-from calibration.passes import Precision, resolve_precision
-from calibration.preview import write_preview
+from calibration.initial import INITIAL
+from calibration.inversion import Settings
+from calibration.objectives import Objective
+from calibration.passes import Precision
 from calibration.saliency import saliency_kind
 from calibration.schedules import Dense, PatchSchedule, ProgressiveStop, Rebirth
 from calibration.tokens import PatchGrid
-from calibration.trace import Trace, write_trace
 
 log = logging.getLogger("dfq")
 
 SCHEDULES: dict[str, PatchSchedule] = {"dense": Dense(), "smi": ProgressiveStop(), "pri": Rebirth()}
-
-RESTART_SLOWDOWN = 4
-"""A batch that left the finite numbers starts again, once, with its steps so many times smaller."""
 
 
 @dataclass(frozen=True)
@@ -213,136 +203,3 @@ def check_method(vit: nn.Module, plan: Plan) -> None:
         saliency_kind(vit)
     with capture(vit, method.objective.needs):
         pass
-
-
-def batch_generator(seed: int, batch: int) -> torch.Generator:
-    """The randomness of one batch hangs on (seed, batch) alone, whoever makes it and whenever."""
-    state = np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
-def make_batch(
-    vit: nn.Module,
-    plan: Plan,
-    batch: int,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    run: dict[str, Any],
-    on_step: Callable[[Progress], None] | None = None,
-    trace: Trace | None = None,
-) -> CalibrationSet:
-    """Batch number `batch` of `plan`, on the model's device."""
-    method, grid, count = plan.composed, PatchGrid.of(vit), plan.batches[batch]
-    if method.schedule is None:
-        initial = initial_images(method.initial, count, grid.image_size, batch_generator(plan.seed, batch), mean, std)
-        everything = torch.ones(count, grid.rows, grid.columns, dtype=torch.bool)
-        return CalibrationSet(to_pixels(initial, mean, std), everything, None, None, mean, std, run)
-
-    try:
-        result, labels = _inverted(vit, plan, method, batch, mean, std, on_step, trace)
-    except DivergedError as error:
-        slower = replace(method.settings, learning_rate=method.settings.learning_rate / RESTART_SLOWDOWN)
-        log.warning("batch %d: %s; once more with learning rate %g", batch, error, slower.learning_rate)
-        if trace is not None:
-            trace.clear()
-        try:
-            result, labels = _inverted(vit, plan, replace(method, settings=slower), batch, mean, std, on_step, trace)
-        except DivergedError as again:
-            raise DfqError(
-                f"batch {batch} of seed {plan.seed}: {again}, also with learning rate {slower.learning_rate:g}; "
-                "try --precision fp32, and check the model's weights"
-            ) from again
-    return CalibrationSet(
-        images=to_pixels(result.images, mean, std)[:count].cpu(),
-        mask=torch.cat([grid.mask_of(keep[None]) for keep in result.keep])[:count].cpu(),
-        labels=labels.repeat_interleave(method.schedule.images_per_canvas)[:count],
-        confidence=result.confidence.float()[:count].cpu(),
-        mean=mean,
-        std=std,
-        run=run,
-        iterations=result.finished[:count],
-    )
-
-
-def _inverted(
-    vit: nn.Module,
-    plan: Plan,
-    method: Method,
-    batch: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    on_step: Callable[[Progress], None] | None,
-    trace: Trace | None,
-) -> tuple[Inverted, Tensor]:
-    """(what became of the canvases of a batch, their labels [B])."""
-    assert method.schedule is not None
-    generator, device = batch_generator(plan.seed, batch), next(vit.parameters()).device
-    num_classes = int(vit.num_classes)  # type: ignore[arg-type]
-    canvases = plan.canvases[batch]
-    initial = initial_images(method.initial, canvases, PatchGrid.of(vit).image_size, generator, mean, std)
-    labels = torch.randint(num_classes, (canvases,), generator=generator)
-    targets = soft_targets(labels, num_classes, generator) if method.soft_labels else labels
-    fitting = images_that_fit(vit, resolve_precision(plan.precision, device))
-    result = inversion.invert(
-        vit,
-        initial.to(device),
-        targets.to(device),
-        mean=mean,
-        std=std,
-        objective=method.objective,
-        schedule=method.schedule,
-        settings=method.settings,
-        generator=generator,
-        precision=plan.precision,
-        part=canvases if fitting is None else min(fitting, canvases),
-        on_step=on_step,
-        trace=trace,
-    )
-    return result, labels
-
-
-def generate(
-    vit: nn.Module,
-    plan: Plan,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    run: dict[str, Any],
-    folder: SetFolder | None = None,
-    on_step: Callable[[int, Progress], None] | None = None,
-    class_names: Sequence[str] | None = None,
-    trace: bool = False,
-) -> Iterator[CalibrationSet]:
-    """The batches of `plan`, one by one; those `folder` already holds are read, the others are made and kept there.
-
-    With the last one the set in the folder is finished. run: what the images depend on, `plan.describe` and the model,
-    for the record. class_names: for the captions of `preview.png`; trace: leave `trace.png` of the first batch in the
-    folder too.
-    """
-    check_method(vit, plan)
-    parts = []
-    for batch in range(len(plan.batches)):
-        part = folder.read(batch) if folder is not None else None
-        if (
-            folder is not None
-            and part is not None
-            and trace
-            and batch == 0
-            and not (folder.path / "trace.png").exists()
-        ):
-            log.warning("no trace: the first batch is there already; delete the set and make it again for one")
-        if part is None:
-            report = None if on_step is None else (lambda progress, batch=batch: on_step(batch, progress))
-            watched = Trace(PatchGrid.of(vit), mean, std) if trace and folder is not None and batch == 0 else None
-            part = make_batch(vit, plan, batch, mean=mean, std=std, run=run, on_step=report, trace=watched)
-            if folder is not None:
-                folder.write(batch, part)
-                if watched is not None and plan.composed.schedule is not None and part.labels is not None:
-                    canvas_labels = part.labels[:: plan.composed.schedule.images_per_canvas]
-                    write_trace(watched, folder.path / "trace.png", labels=canvas_labels, class_names=class_names)
-        parts.append(part)
-        if folder is not None and batch == len(plan.batches) - 1:
-            write_preview(concatenate(parts), folder.path / "preview.png", class_names)
-            folder.finish(parts)
-        yield part

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser(_COMMANDS).parse_args(argv)
     try:
         with _reporting(quiet=arguments.quiet, debug=arguments.debug):
-            status = int(arguments.command(arguments) or 0)
+            status = _in_team(arguments) if "WORLD_SIZE" in os.environ else int(arguments.command(arguments) or 0)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -52,10 +52,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error)
 
 
+def _in_team(arguments: argparse.Namespace) -> int:
+    """The command in one of the processes that `torchrun` started; gives the exit status."""
+    from calibration.team import joined
+
+    with joined() as team, ExitStack() as stack:
+        if not team.leads:
+            if arguments.command not in _SHARED:
+                return 0
+            arguments.quiet = True
+            logging.getLogger("dfq").setLevel(logging.ERROR)
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        return int(arguments.command(arguments) or 0)
+
+
 def _explain(error: Exception) -> int:
     """Say in one line what went wrong; gives the exit status."""
+    from calibration.team import LeaderError
     from dfq.errors import DfqError, UsageError
 
+    if isinstance(error, LeaderError):
+        return 1
     if isinstance(error, DfqError):
         said = str(error)
     else:
@@ -98,6 +115,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     import dfq
     from calibration import check_method
+    from calibration.files import FolderLock, make_directory
+    from calibration.team import team
     from dfq.checkpoint import claim_directory
     from dfq.generation import describe_run
     from dfq.ptq.engine import check_calibration, prepare
@@ -127,12 +146,24 @@ def _quantize(arguments: argparse.Namespace) -> None:
         "recipe": recipe.to_dict(),
         "calibration": calibration,
     }
-    if claim_directory(arguments.out, identity, overwrite=arguments.overwrite):
+    held: list[FolderLock] = []
+
+    def claim() -> bool:
+        make_directory(arguments.out)
+        held.append(FolderLock(arguments.out))
+        return claim_directory(arguments.out, identity, overwrite=arguments.overwrite)
+
+    shared = team()
+    complete = shared.lead(claim)
+    if images is None and not complete:
+        images = _generated(arguments, model, plan, arguments.out / "calibration")
+    if not shared.leads:
+        # Images are made together; what comes after them is the leader's.
+        return
+    if complete:
         quantized = dfq.load(arguments.out, device=arguments.device)
         print(f"{arguments.out} already holds this model; nothing to do")
     else:
-        if images is None:
-            images = _generated(arguments, model, plan, arguments.out / "calibration")
         # Without, it is a matter of seconds.
         resume = None if recipe.reconstruction is None else arguments.out / UNFINISHED
         quantized = dfq.quantize(
@@ -188,6 +219,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import dfq
     from calibration.files import write_json
+    from calibration.team import team
     from dfq.checkpoint import is_quantized_model
     from dfq.datasets import image_folder, reference_digits, timm_dataset
     from dfq.errors import DfqError, UsageError
@@ -244,7 +276,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if complete:
         print(model.describe())
     print(result.table())
-    if arguments.json is not None:
+    if arguments.json is not None and team().leads:
         write_json(arguments.json, result.to_dict())
     if arguments.max_drop is not None and result.comparison is not None:
         drop = result.comparison.drop
@@ -498,3 +530,6 @@ _COMMANDS = {
     "list": _list,
     "demo": _demo,
 }
+
+# What the processes of a team do together; the rest their leader does.
+_SHARED = (_generate, _quantize, _evaluate, _distill)

@@ -18,8 +18,9 @@ from safetensors.torch import save as to_bytes
 from torch.utils.data import Dataset
 
 from calibration import CalibrationSet, Plan, check_method, load_calibration_set
-from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.files import FolderLock, make_directory, read_json, replace_file, sha256_of, write_json
 from calibration.passes import resolve_precision
+from calibration.team import team
 from dfq.checkpoint import load, save
 from dfq.datasets import image_folder
 from dfq.errors import DfqError, UsageError
@@ -127,6 +128,8 @@ def distill(
     `dfq.save`), the pool, `log.jsonl` and `curve.svg`. A run that was stopped goes on there after the last whole round,
     to the same student on the same hardware; a finished one is read. overwrite: replace another run there.
 
+    Processes of one torch.distributed group share the images of a round, the passes and the pictures of a step.
+
     Raises DfqError: networks with different classes, images or a method that are not for the teacher, a folder that
     holds something else; UsageError for numbers out of range.
     """
@@ -163,6 +166,7 @@ def distill(
     folder = None if out is None else _Folder(Path(out), run, overwrite=overwrite)
     if folder is not None and (found := folder.finished(student)) is not None:
         log.info("%s already holds this student; nothing to do", folder.path)
+        folder.release()
         return found
     if isinstance(source, Plan):
         pool = None if folder is None else folder.path / POOL
@@ -173,7 +177,8 @@ def distill(
     done, teacher_top1 = teach.run(parts, None if folder is None else folder.state)
     result = Distillation(student, teacher.name, tuple(done), teacher_top1)
     if folder is not None:
-        folder.finish(result)
+        team().lead(lambda: folder.finish(result))
+        folder.release()
     return result
 
 
@@ -214,10 +219,12 @@ class _Folder:
         # As it will be read back: JSON knows lists, not tuples.
         self._run = json.loads(json.dumps(run))
         self.state = StateFile(path / STATE, self._run)
-        make_directory(path)
-        self._manifest = self._claim(overwrite)
+        self._lock: FolderLock | None = None
+        self._manifest = team().lead(lambda: self._claim(overwrite))
 
     def _claim(self, overwrite: bool) -> dict[str, Any]:
+        make_directory(self.path)
+        self._lock = FolderLock(self.path)
         path = self.path / MANIFEST
         if path.exists():
             manifest = read_json(path)
@@ -258,6 +265,11 @@ class _Folder:
                 raise DfqError(f"{weights} is missing or damaged: give --overwrite to make it again")
             load_into(student.module, read_weights(weights), student.name, weights)
         return Distillation(student, teacher, rounds, top1)
+
+    def release(self) -> None:
+        """Let others write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def finish(self, result: Distillation) -> None:
         """Write the student, the log and the curve; the manifest comes last."""
@@ -340,7 +352,7 @@ class _Teaching:
                 )
                 done.append(entry)
                 log.info("%s", _line(entry, self._rounds))
-                if state is not None:
+                if state is not None and team().leads:
                     state.keep(trainee, optimizer, done)
             # What is left of the plan finishes the set on disk.
             for _ in parts:
@@ -366,6 +378,7 @@ class _Teaching:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         trainee.apply()
+        trainee.agree()
         return total / training.steps
 
     def _agreement(self, trainee: Trainee, pool: Pool) -> float | None:

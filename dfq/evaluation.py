@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
+from calibration.team import Team, team
 from dfq.datasets import Labelled, image_folder
 from dfq.errors import DfqError, UsageError
 from dfq.models import PYTORCH, resolve_device
@@ -170,6 +172,9 @@ def evaluate(
 ) -> Evaluation:
     """Measures `model`, and `baseline` beside it on the same batches.
 
+    Processes of one torch.distributed group share the batches, and each gets the whole result: the same numbers, but
+    for the speed, that one process alone would count.
+
     data: a dataset of (image `[3, H, W]` as the model wants it, label), or a folder with one folder of images per class
     (see `dfq.datasets.image_folder`). batch_size: images per forward pass. workers: processes that load images, 0 for
     none. device: where to run, by default where `model` is; both models are moved there and back again. limit: at most
@@ -187,9 +192,13 @@ def evaluate(
         _check_comparable(model, baseline)
     where = model.device if device is None else resolve_device(device)
     dataset = image_folder(data, model) if isinstance(data, str | os.PathLike) else data
+    if limit is not None:
+        dataset = _evenly_spaced(dataset, limit)
+    shared = team()
     loader = DataLoader(
-        dataset if limit is None else _evenly_spaced(dataset, limit),
-        batch_size=batch_size,
+        dataset,
+        # Batches are whole whoever has them: a network rounds differently in another batch.
+        **_own_batches(dataset, batch_size, shared),
         num_workers=workers,
         pin_memory=where.type == "cuda",
         # Otherwise the loader draws from torch's global generator, and the user's next random number would be another.
@@ -201,59 +210,76 @@ def evaluate(
         _moved(model, where),
         _moved(baseline, where),
         torch.inference_mode(),
-        tqdm(loader, desc="evaluate", unit="batch", disable=None if progress else True) as batches,
+        tqdm(loader, desc="evaluate", unit="batch", disable=None if progress and shared.leads else True) as batches,
     ):
         left = limit
-        for images, labels in batches:
-            if left is not None:
+        in_order = isinstance(dataset, IterableDataset)
+        for index, (images, labels) in enumerate(batches):
+            if left is not None and in_order:
                 images, labels = images[:left], labels[:left]
                 left -= len(images)
-            tally.add(images.to(where), labels)
+            # What can only be read in order is read by all.
+            if not in_order or index % shared.size == shared.rank:
+                tally.add(images.to(where), labels)
             if left == 0:
                 break
-    return tally.result(where, seed)
+    return tally.result(where, seed, shared)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What was counted of one batch. Sums are of 64 bits, whatever the device."""
+
+    hits: dict[str, int]
+    signal: float
+    noise: float
+    num_images: int
+    seconds: float
 
 
 class _Tally:
-    """Runs batches and counts. What is counted is brought to the CPU, where sums are in 64 bits whatever the device."""
+    """Runs batches and counts."""
 
     def __init__(self, model: Classifier, baseline: Classifier | None) -> None:
         self._model = model
         self._baseline = baseline
-        self._sums: Counter[str] = Counter()
-        self._signal = self._noise = 0.0
-        self._timings: list[tuple[int, float]] = []
+        self._batches: list[_Counted] = []
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """images: `[B, 3, H, W]`, on the model's device; labels: `[B]`, on the CPU."""
         model, baseline = self._model, self._baseline
         _check_labels(labels, model)
         logits, seconds = _timed_logits(model, images)
-        self._timings.append((len(images), seconds))
-
         best = _best_classes(logits)
         right = best[:, 0] == labels
-        self._count("right", right)
-        self._count("right5", (best == labels[:, None]).any(1))
-        if baseline is None:
-            return
-        reference, _ = _timed_logits(baseline, images)
-        predicted = _best_classes(reference)[:, 0]
-        baseline_right = predicted == labels
-        self._count("baseline_right", baseline_right)
-        self._count("lost", baseline_right & ~right)
-        self._count("gained", right & ~baseline_right)
-        self._count("agreeing", predicted == best[:, 0])
-        self._signal += float(reference.square().sum())
-        self._noise += float((reference - logits).square().sum())
+        hits = {"right": right, "right5": (best == labels[:, None]).any(1)}
+        signal = noise = 0.0
+        if baseline is not None:
+            reference, _ = _timed_logits(baseline, images)
+            predicted = _best_classes(reference)[:, 0]
+            baseline_right = predicted == labels
+            hits |= {
+                "baseline_right": baseline_right,
+                "lost": baseline_right & ~right,
+                "gained": right & ~baseline_right,
+                "agreeing": predicted == best[:, 0],
+            }
+            signal = float(reference.square().sum())
+            noise = float((reference - logits).square().sum())
+        counts = {name: int(which.sum()) for name, which in hits.items()}
+        self._batches.append(_Counted(counts, signal, noise, len(images), seconds))
 
-    def result(self, device: torch.device, seed: int | None) -> Evaluation:
-        num_images = sum(size for size, _ in self._timings)
+    def result(self, device: torch.device, seed: int | None, shared: Team) -> Evaluation:
+        found = shared.gather(self._batches)
+        # In the order of the dataset, so that sums round alike whoever shares them.
+        counted = [batch for turn in zip_longest(*found) for batch in turn if batch is not None]
+        num_images = sum(batch.num_images for batch in counted)
         if num_images == 0:
             raise DfqError("the dataset is empty; there must be images to evaluate on")
-        right = self._sums["right"]
-        low, high = wilson_interval(right, num_images)
-        timed = self._timings[1:] or self._timings
+        hits: Counter[str] = Counter()
+        for batch in counted:
+            hits.update(batch.hits)
+        low, high = wilson_interval(hits["right"], num_images)
         return Evaluation(
             model=self._model.name,
             bits=self._model.bits,
@@ -261,29 +287,41 @@ class _Tally:
             runtime=self._model.runtime,
             seed=seed,
             num_images=num_images,
-            top1=100 * right / num_images,
+            top1=100 * hits["right"] / num_images,
             top1_ci95=(100 * low, 100 * high),
-            top5=100 * self._sums["right5"] / num_images,
-            images_per_second=sum(size for size, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9),
+            top5=100 * hits["right5"] / num_images,
+            images_per_second=sum(map(_images_per_second, found)),
             weight_bytes=self._model.weight_bytes,
             versions=versions(*(() if self._model.runtime == PYTORCH else (self._model.runtime,))),
-            comparison=None if self._baseline is None else self._comparison(num_images),
+            comparison=None if self._baseline is None else self._comparison(hits, counted, num_images),
         )
 
-    def _comparison(self, num_images: int) -> Comparison:
-        lost, gained = self._sums["lost"], self._sums["gained"]
+    def _comparison(self, hits: Counter[str], counted: list[_Counted], num_images: int) -> Comparison:
+        lost, gained = hits["lost"], hits["gained"]
         drop, (low, high) = paired_drop(lost, gained, num_images)
         return Comparison(
-            baseline_top1=100 * self._sums["baseline_right"] / num_images,
+            baseline_top1=100 * hits["baseline_right"] / num_images,
             drop=100 * drop,
             drop_ci95=(100 * low, 100 * high),
-            agreement=100 * self._sums["agreeing"] / num_images,
+            agreement=100 * hits["agreeing"] / num_images,
             mcnemar_p=mcnemar_p(lost, gained),
-            logit_sqnr_db=sqnr_db(self._signal, self._noise),
+            logit_sqnr_db=sqnr_db(sum(batch.signal for batch in counted), sum(batch.noise for batch in counted)),
         )
 
-    def _count(self, name: str, hits: Tensor) -> None:
-        self._sums[name] += int(hits.sum())
+
+def _images_per_second(batches: list[_Counted]) -> float:
+    """Of one process. The first batch warms up and is left out, where there are more."""
+    timed = batches[1:] or batches
+    return sum(batch.num_images for batch in timed) / max(sum(batch.seconds for batch in timed), 1e-9)
+
+
+def _own_batches(dataset: Dataset[Any], batch_size: int, shared: Team) -> dict[str, Any]:
+    """For a DataLoader: which batches of a dataset are this process's."""
+    if shared.size == 1 or isinstance(dataset, IterableDataset):
+        return {"batch_size": batch_size}
+    count = len(dataset)  # type: ignore[arg-type]  # torch declares no length, but every map-style dataset has one
+    whole = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return {"batch_sampler": [whole[index] for index in shared.part_of(len(whole))]}
 
 
 def _check_counts(batch_size: int, workers: int, limit: int | None) -> None:

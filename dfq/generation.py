@@ -18,6 +18,7 @@ from calibration.calibration_set import SetFolder, concatenate
 from calibration.inversion import Progress
 from calibration.methods import DEFAULT_METHOD, METHODS, SCHEDULES
 from calibration.passes import Precision, resolve_precision
+from calibration.team import team
 from calibration.tokens import PatchGrid
 from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
 from dfq.errors import UsageError
@@ -136,7 +137,8 @@ def run_plan(
 ) -> CalibrationSet:
     """`generate`, with everything about the images in a plan."""
     started = time.monotonic()
-    made = concatenate(list(batches(model, plan, trace=trace, out=out, overwrite=overwrite, progress=progress)))
+    parts = batches(model, plan, trace=trace, out=out, overwrite=overwrite, progress=progress, at_once=True)
+    made = concatenate(list(parts))
     log.info("%s: %d images in %.1f s", plan.name, len(made), time.monotonic() - started)
     return made
 
@@ -149,17 +151,22 @@ def batches(
     out: Path | str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    at_once: bool = False,
 ) -> Iterator[CalibrationSet]:
     """The batches of `run_plan`, each when it is asked for; the set in `out` is whole with the last one.
 
-    What is wrong with the model, the plan or `out` is told before the first one is made.
+    at_once: all are asked for before the first is needed, so that processes that share the work need not wait for each
+    other in between. What is wrong with the model, the plan or `out` is told before the first batch is made.
     """
+    shared = team()
     check_invertible(model.name, model.module)
     mean, std = model.preprocessing.mean, model.preprocessing.std
     run = describe_run(model, plan)
     calibration.check_method(model.module, plan)
     method = plan.composed
-    folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite)
+    folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite, team=shared)
+    if folder is not None and folder.complete:
+        log.info("%s already holds this set; nothing to do", folder.path)
     if isinstance(method.schedule, ProgressiveStop):
         stops = method.schedule.num_stops
         left = len(method.schedule.decisions(method.settings.iterations))
@@ -171,11 +178,12 @@ def batches(
     def making() -> Iterator[CalibrationSet]:
         iterations = 1 if method.schedule is None else method.settings.iterations
         # One bar for the whole run: what is left is what a person wants to know.
-        total = len(plan.batches) * iterations
+        own = shared.part_of(len(plan.batches))
+        total = len(own) * iterations
         with tqdm(total=total, desc=plan.name, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
 
             def on_step(batch: int, step: Progress) -> None:
-                bar.n = batch * iterations + step.iteration
+                bar.n = own.index(batch) * iterations + step.iteration
                 bar.set_postfix_str(
                     f"batch {batch + 1}/{len(plan.batches)}, loss {step.loss:.3f}, "
                     f"confidence {step.confidence:.0%}, {step.kept_patches} patches",
@@ -193,8 +201,12 @@ def batches(
                 on_step=None if bar.disable else on_step,
                 class_names=_captions(model),
                 trace=trace,
+                team=shared,
+                at_once=at_once,
             )
             bar.update(total - bar.n)
+        if folder is not None:
+            folder.release()
 
     return making()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torchvision.transforms.functional import resized_crop
 from calibration import CalibrationSet
 from calibration.calibration_set import normalise
 from calibration.passes import low_precision
+from calibration.team import team
 from calibration.tokens import PatchGrid, keep_of_mask, token_gather
 from dfq.models import Network
 
@@ -73,6 +74,7 @@ class Pool:
 
     def __init__(self, teacher: View, hold_out: int, windows: int = 0) -> None:
         self._teacher, self._hold_out, self._per_image = teacher, hold_out, windows + 1
+        self._team = team()
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, part: CalibrationSet) -> None:
@@ -84,18 +86,28 @@ class Pool:
         self._parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]  # type: ignore[list-item]
         new = torch.arange(first * self._per_image, len(self))
         with torch.inference_mode():
-            for some, images, mask in self.batches(new[self._shown(new)]):
-                self.logits[some] = self._teacher(images, mask).cpu()
+            self.fill(self.logits, new[self._shown(new)], self._teacher)
 
-    def batches(self, chosen: Tensor, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """chosen: numbers of pictures -> (some of them, uint8 [B, 3, H, W], mask [B, rows, columns]), of one size."""
-        for alike in of_one_size(self._mask[chosen // self._per_image]):
-            for some in torch.split(chosen[alike], size):
-                yield (
-                    some,
-                    torch.stack([self._picture(int(number)) for number in some]),
-                    self._mask[some // self._per_image],
-                )
+    def fill(self, values: Tensor, chosen: Tensor, look: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Set values[number] to what `look` makes of each chosen picture and its mask, the work shared by the team."""
+        chunks = self._chunks(chosen, BATCH)
+        own = [(chunks[index], look(*self._look(chunks[index])).cpu()) for index in self._team.part_of(len(chunks))]
+        for found in self._team.gather(own):
+            for some, seen in found:
+                values[some] = seen
+
+    def batches(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """chosen: numbers of pictures -> (some of them, uint8 [B, 3, H, W], mask [B, rows, columns]), one per size."""
+        for some in self._chunks(chosen, max(1, len(chosen))):
+            yield some, *self._look(some)
+
+    def _chunks(self, chosen: Tensor, size: int) -> list[Tensor]:
+        """At most `size` numbers in each, of pictures of one size."""
+        alike = of_one_size(self._mask[chosen // self._per_image])
+        return [some for group in alike for some in torch.split(chosen[group], size)]
+
+    def _look(self, some: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._picture(int(number)) for number in some]), self._mask[some // self._per_image]
 
     def _picture(self, number: int) -> Tensor:
         image, window = divmod(number, self._per_image)

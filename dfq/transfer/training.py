@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
+from calibration.team import ALONE, team
 from dfq.errors import DfqError, UsageError
 from dfq.evaluation import evaluate
 from dfq.models import Model
@@ -138,7 +139,8 @@ class Trainee:
             features, labels = self._seen
             with torch.no_grad():
                 right = self._classifier(features.to(self.view.network.device)).argmax(1).cpu() == labels
-            return 100 * float(right.double().mean())
+            counts = team().gather((int(right.sum()), len(right)))
+            return 100 * sum(hits for hits, _ in counts) / sum(count for _, count in counts)
         noted = data if isinstance(data, IterableDataset) else _Noted(data)
         entering: list[Tensor] = []
         module = self.view.network.module
@@ -149,8 +151,9 @@ class Trainee:
                 found = evaluate(self.view.network, noted, progress=False).top1  # type: ignore[arg-type]
         finally:
             module.train(training)
-        if entering and isinstance(noted, _Noted):
-            self._seen = torch.cat(entering), torch.tensor(noted.labels)
+        if self._classifier is not None and isinstance(noted, _Noted):
+            nothing = torch.empty(0, self._classifier.in_features)
+            self._seen = torch.cat([nothing, *entering]), torch.tensor(noted.labels, dtype=torch.int64)
         return found
 
     def logits(self, pool: Pool, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -159,21 +162,34 @@ class Trainee:
             self._look_at_what_is_new(pool, self._classifier)
             yield chosen, self._classifier(self._features[0][chosen].to(self.view.network.device))
             return
-        for some, images, mask in pool.batches(chosen, len(chosen)):
+        for some, images, mask in pool.batches(chosen):
             yield some, self.view(images, mask)
+
+    @property
+    def shares_steps(self) -> bool:
+        """Whether a team divides the pictures of a step; a classifier alone is quicker than a message."""
+        return self._classifier is None
+
+    def agree(self) -> None:
+        """After steps that a team shared: what each has seen of its own, running means, is the leader's in all."""
+        own = {id(parameter) for parameters, _ in self.groups for parameter in parameters}
+        team().follow([tensor for tensor in self.kept.values() if id(tensor) not in own])
 
     def _look_at_what_is_new(self, pool: Pool, classifier: nn.Linear) -> None:
         known = len(self._features[0]) if self._features else 0
         if known == len(pool):
             return
-        found = torch.zeros(len(pool) - known, classifier.in_features)
+        found = torch.zeros(len(pool), classifier.in_features)
         entering: list[Tensor] = []
+
+        def look(images: Tensor, mask: Tensor) -> Tensor:
+            self.view(images, mask)
+            return entering.pop()
+
         used = torch.cat([pool.trained_on, pool.held_out])
         with _inputs_of(classifier, entering), torch.no_grad():
-            for some, images, mask in pool.batches(used[used >= known]):
-                self.view(images, mask)
-                found[some - known] = entering.pop()
-        self._features = [torch.cat([*self._features, found])]
+            pool.fill(found, used[used >= known], look)
+        self._features = [torch.cat([*self._features, found[known:]])]
 
 
 class _Noted(Dataset[Any]):
@@ -243,7 +259,7 @@ def trained(view: View, training: Training) -> Iterator[Trainee]:
 
 # By optimizer, and whether the classifier alone is trained.
 _RATES: dict[tuple[str, bool], float] = {
-    ("sgd", True): 0.1,
+    ("sgd", True): 0.003,
     ("sgd", False): 0.01,
     ("adamw", True): 1e-3,
     ("adamw", False): 1e-4,
@@ -297,14 +313,22 @@ def optimizer_of(trainee: Trainee, training: Training) -> torch.optim.Optimizer:
 
 
 def step(trainee: Trainee, optimizer: torch.optim.Optimizer, pool: Pool, chosen: Tensor, temperature: float) -> float:
-    """One step on the chosen pictures of the pool; gives the mean divergence before it."""
+    """One step on the chosen pictures of the pool, shared by the team; gives the mean divergence before it."""
     trainee.apply()
     optimizer.zero_grad()
+    shared = team() if trainee.shares_steps else ALONE
     total = 0.0
-    for some, logits in trainee.logits(pool, chosen):
+    for some, logits in trainee.logits(pool, chosen[shared.rank :: shared.size]):
         wanted = pool.logits[some].to(logits.device)
         loss = divergence(logits, wanted, temperature).sum() / len(chosen)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
+    if shared.size > 1:
+        parameters = [parameter for parameters, _ in trainee.groups for parameter in parameters]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        shared.add([parameter.grad for parameter in parameters if parameter.grad is not None])
+        total = sum(shared.gather(total))
     optimizer.step()
     return total

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.calibration_set import (
@@ -60,7 +61,7 @@ def saved(path: Path, parts: list[CalibrationSet] = PARTS) -> Path:
     folder = SetFolder(path, RUN, VERSIONS)
     for index, part in enumerate(parts):
         folder.write(index, part)
-    folder.finish(parts)
+    folder.finish([len(part) for part in parts])
     return path
 
 
@@ -229,7 +230,7 @@ class TestSavingAndLoading:
         assert_same(part, PARTS[0])
         assert again.read(1) is None
         again.write(1, PARTS[1])
-        again.finish(PARTS)
+        again.finish([len(part) for part in PARTS])
         assert files(tmp_path / "a") == whole
 
     def test_a_finished_run_is_opened_again(self, tmp_path: Path) -> None:
@@ -306,29 +307,51 @@ class TestClaimingAFolder:
         with pytest.raises(DfqError, match=r"^cannot create the folder /.*/file/set: "):
             SetFolder(tmp_path / "file" / "set", RUN, VERSIONS)
 
-    def test_a_damaged_shard_of_a_finished_set_is_not_declared_good(self, tmp_path: Path) -> None:
+    def test_a_damaged_shard_of_a_finished_set_is_not_declared_good(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         shard = saved(tmp_path) / "shard-00001.safetensors"
         flip_a_byte(shard)
         folder = SetFolder(tmp_path, RUN, VERSIONS)
-        with pytest.raises(DfqError, match=f"^{shard} is damaged: its checksum .*; delete it and generate again$"):
-            folder.read(1)
-        # Doing so mends the set, even where other hardware makes slightly other images.
-        shard.unlink()
+        assert folder.complete
         assert folder.read(1) is None
+        (said,) = caplog.messages
+        assert said == f"{shard} is damaged (its checksum is not that in manifest.json): it is made again"
+        # Doing so mends the set, even where other hardware makes slightly other images.
         remade = a_set(".xx.", seed=3)
         folder.write(1, remade)
+        assert not folder.complete
         part = folder.read(1)
         assert part is not None
         assert_same(part, remade)
-        folder.finish([PARTS[0], remade])
+        folder.finish([len(PARTS[0]), len(remade)])
         assert_same(load_calibration_set(tmp_path), concatenate([PARTS[0], remade]))
 
-    def test_a_truncated_shard_of_an_unfinished_set(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("how", ["truncated", "flipped", "another format"])
+    def test_a_damaged_shard_of_an_unfinished_set(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+    ) -> None:
         SetFolder(tmp_path, RUN, VERSIONS).write(0, PARTS[0])
         shard = tmp_path / "shard-00000.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(DfqError, match=rf"^{shard} is damaged \(.*\); delete it and generate again$"):
-            SetFolder(tmp_path, RUN, VERSIONS).read(0)
+        if how == "truncated":
+            shard.write_bytes(shard.read_bytes()[:-1])
+        elif how == "flipped":
+            flip_a_byte(shard)
+        else:
+            save_file({"images": PARTS[0].images, "mask": PARTS[0].mask}, shard)
+        assert SetFolder(tmp_path, RUN, VERSIONS).read(0) is None
+        (said,) = caplog.messages
+        assert re.fullmatch(rf"{shard} is damaged \(.*\): it is made again", said)
+
+    def test_one_run_at_a_time(self, tmp_path: Path) -> None:
+        first = SetFolder(tmp_path, RUN, VERSIONS)
+        with pytest.raises(DfqError, match=rf"^another process is at work in {tmp_path}: wait .* or choose another"):
+            SetFolder(tmp_path, RUN, VERSIONS)
+        first.release()
+        second = SetFolder(tmp_path, RUN, VERSIONS)
+        # Nor does a run that is gone keep others out.
+        del second
+        SetFolder(tmp_path, RUN, VERSIONS)
 
 
 class TestWhatCannotBeLoaded:
@@ -382,7 +405,9 @@ class TestWhatCannotBeLoaded:
             flip_a_byte(shard)
         else:
             shard.write_bytes(b"" if damage == "empty" else shard.read_bytes()[:-10])
-        with pytest.raises(DfqError, match=f"^{shard} is damaged: its checksum is not that in manifest.json; delete"):
+        with pytest.raises(
+            DfqError, match=f"^{shard} is damaged .its checksum is not that in manifest.json.: the command that made"
+        ):
             load_calibration_set(tmp_path)
 
     @pytest.mark.parametrize(

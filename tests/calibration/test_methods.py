@@ -12,13 +12,14 @@ from PIL import Image
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
-from calibration import METHODS, check_method, generate, inversion, load_calibration_set, memory, methods
+from calibration import METHODS, check_method, generate, inversion, load_calibration_set, making, memory
 from calibration.augment import RollAndFlip
 from calibration.calibration_set import CalibrationSet, SetFolder, concatenate, normalise
 from calibration.errors import DfqError
 from calibration.initial import INITIAL
 from calibration.inversion import Progress, Settings
-from calibration.methods import DEFAULT_METHOD, RESTART_SLOWDOWN, SCHEDULES, Method, Plan, batch_generator, make_batch
+from calibration.making import RESTART_SLOWDOWN, batch_generator, make_batch
+from calibration.methods import DEFAULT_METHOD, SCHEDULES, Method, Plan
 from calibration.objectives import Loss, Objective, Scene, Step
 from calibration.schedules import Dense, PatchSchedule, ProgressiveStop, Rebirth
 from calibration.tokens import PatchGrid, token_gather
@@ -478,7 +479,7 @@ class TestNumbersThatLeave:
     ) -> None:
         """The first try fails late, the second is good enough early: what was seen of the first is not shown."""
         traces: list[Trace] = []
-        monkeypatch.setattr(methods, "write_trace", lambda trace, path, **_: traces.append(trace))
+        monkeypatch.setattr(making, "write_trace", lambda trace, path, **_: traces.append(trace))
         labels = one(vit, plan_of(method="dense"), 0).labels
         objective = Failing(at=25)
         settings = Settings(iterations=40, enough=1.0)
@@ -504,7 +505,7 @@ class TestMemory:
         vit.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
         for fitting, expected in ((2, {2, 1}), (99, {5}), (None, {5})):
             sizes.clear()
-            monkeypatch.setattr(methods, "images_that_fit", lambda vit, dtype, fitting=fitting: fitting)
+            monkeypatch.setattr(making, "images_that_fit", lambda vit, dtype, fitting=fitting: fitting)
             made = one(vit, plan_of(method="dense", num_images=5, batch_size=5, iterations=3), 0)
             assert sizes == expected
             # 8-bit pixels: one may be rounded the other way.
@@ -515,7 +516,7 @@ class TestMemory:
     ) -> None:
         asked: list[torch.dtype] = []
         monkeypatch.setattr(memory, "memory_bytes", lambda device: None)
-        monkeypatch.setattr(methods, "images_that_fit", lambda vit, dtype: asked.append(dtype))
+        monkeypatch.setattr(making, "images_that_fit", lambda vit, dtype: asked.append(dtype))
         for precision in ("fp32", "bf16"):
             one(vit, plan_of(precision=precision), 0)
         assert asked == [torch.float32, torch.bfloat16]
@@ -526,7 +527,7 @@ class TestMemory:
         plan = plan_of(num_images=3, batch_size=3, iterations=4)
         expected = one(vit, plan, 0)
         # As many as the batch seem to fit; the pass of one image that says so is left alone.
-        monkeypatch.setattr(methods, "images_that_fit", lambda vit, dtype: 3)
+        monkeypatch.setattr(making, "images_that_fit", lambda vit, dtype: 3)
         most = 1
 
         def allocate(_module: object, inputs: tuple[torch.Tensor]) -> None:
@@ -550,9 +551,9 @@ class TestPictures:
     @pytest.fixture
     def drawn(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(methods, "write_preview", lambda *given: calls.append(("preview", *given)))
+        monkeypatch.setattr(making, "write_preview", lambda *given: calls.append(("preview", *given)))
         monkeypatch.setattr(
-            methods,
+            making,
             "write_trace",
             lambda trace, path, *, labels, class_names: calls.append(("trace", trace, path, labels, class_names)),
         )
@@ -634,18 +635,18 @@ class TestOnDisk:
         make(vit, plan_of(), tmp_path / "whole")
         stopped, again, finished = Counted(fails_at=1), Counted(), Counted()
 
-        monkeypatch.setattr(methods, "make_batch", stopped)
+        monkeypatch.setattr(making, "make_batch", stopped)
         with pytest.raises(KeyboardInterrupt):
             make(vit, plan_of(), tmp_path / "set")
         assert sorted(files(tmp_path / "set")) == ["manifest.json", "shard-00000.safetensors"]
         with pytest.raises(DfqError, match="is unfinished"):
             load_calibration_set(tmp_path / "set")
 
-        monkeypatch.setattr(methods, "make_batch", again)
+        monkeypatch.setattr(making, "make_batch", again)
         make(vit, plan_of(), tmp_path / "set")
         assert files(tmp_path / "set") == files(tmp_path / "whole")
 
-        monkeypatch.setattr(methods, "make_batch", finished)
+        monkeypatch.setattr(making, "make_batch", finished)
         make(vit, plan_of(), tmp_path / "set")
         assert files(tmp_path / "set") == files(tmp_path / "whole")
         assert (stopped.batches, again.batches, finished.batches) == ([0], [1, 2], [])
@@ -659,7 +660,7 @@ class TestOnDisk:
         for index, plan in enumerate(plans):
             make(vit, plan, tmp_path / str(index))
         again = Counted()
-        monkeypatch.setattr(methods, "make_batch", again)
+        monkeypatch.setattr(making, "make_batch", again)
         for index, plan in enumerate(plans):
             make(vit, plan, tmp_path / str(index))
         assert again.batches == []

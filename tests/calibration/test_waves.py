@@ -13,7 +13,7 @@ import dfq
 from calibration import METHODS, Dense, Objective, ProgressiveStop, RollAndFlip, Settings
 from calibration.errors import DfqError
 from calibration.inversion import Inverted, describe, invert
-from calibration.methods import batch_generator
+from calibration.making import batch_generator
 
 WAVES = METHODS["waves"]
 

@@ -61,7 +61,7 @@ def test_a_student_with_the_backbone_of_its_teacher_becomes_its_teacher(referenc
 
 
 def test_without_labelled_images_no_accuracy_is_claimed(reference: Model, student: Model) -> None:
-    result = run(reference, student, training=Training(steps=100, batch_size=16))
+    result = run(reference, student, training=Training(steps=100, batch_size=16, learning_rate=0.1))
     assert (result.top1, result.teacher_top1) == (None, None)
     assert result.rounds[-1].agreement == 100
     assert "agree on 100.0 % of the generated images that were held out" in result.describe()

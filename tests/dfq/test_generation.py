@@ -183,7 +183,7 @@ def test_captions_are_names_for_people(
     reference: Model, tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions: list[Any] = []
-    monkeypatch.setattr("calibration.methods.write_preview", lambda images, path, names: captions.append(names))
+    monkeypatch.setattr("calibration.making.write_preview", lambda images, path, names: captions.append(names))
     for index, model in enumerate((reference, tiny(num_classes=1000), tiny())):
         made(model, "dense", out=tmp_path / str(index))
     digits, imagenet, unknown = captions

@@ -29,7 +29,20 @@ def test_a_student_is_taught_and_kept(
 
 
 def test_what_the_options_say(status: Callable[..., int], tmp_path: Path) -> None:
-    options = ("--train", "last-2", "--train-batch-size", 4, "--temperature", 4, "--opt", "adamw", "--lr", 0.01)
+    options = (
+        "--train",
+        "last-2",
+        "--train-batch-size",
+        4,
+        "--temperature",
+        4,
+        "--opt",
+        "adamw",
+        "--lr",
+        0.01,
+        "--windows",
+        2,
+    )
     options += ("--momentum", 0.5, "--weight-decay", 0.1, "--sched", "constant", "--student-random-weights")
     command = ("distill", "reference", "reference", "--method", "gaussian", *QUICK, *options, "--seed", 3)
     assert status(*command, "--out", tmp_path, "--quiet") == 0
@@ -37,6 +50,7 @@ def test_what_the_options_say(status: Callable[..., int], tmp_path: Path) -> Non
     assert run["training"] == {
         "part": "last-2",
         "steps": 3,
+        "windows": 2,
         "batch_size": 4,
         "temperature": 4.0,
         "optimizer": "adamw",

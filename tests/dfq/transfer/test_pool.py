@@ -83,7 +83,7 @@ def test_what_the_teacher_makes_of_each_image(
 def pictures(pool: Pool) -> dict[int, torch.Tensor]:
     return {
         int(number): image
-        for numbers, images, _ in pool.batches(pool.trained_on, 3)
+        for numbers, images, _ in pool.batches(pool.trained_on)
         for number, image in zip(numbers, images, strict=True)
     }
 
