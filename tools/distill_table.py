@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--round-images", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200, help="per round")
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--results", type=Path, default=Path("runs/students/results.jsonl"))
     parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
     parser.add_argument("--markdown", action="store_true", help="print the table of --results")

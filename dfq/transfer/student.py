@@ -32,8 +32,8 @@ def load_student(
 
     name: of any timm classifier, convolutional ones too, `hf-hub:USER/REPO`, `local-dir:FOLDER`, or `reference`.
     checkpoint, random_weights: its weights, as of `load_model`; neither: timm's pretrained ones. Its classifier is
-    drawn anew from `seed` where it has another number of classes than the teacher, and always where
-    `fresh_classifier`.
+    drawn anew from `seed` where it has another number of classes than the teacher. fresh_classifier: it is made anew
+    in any case, of zeros: what a classifier that is trained alone starts from is noise on what it learns.
 
     Pictures are resized and cropped as for the teacher and normalised as the student was trained with.
 
@@ -65,6 +65,8 @@ def load_student(
     if fresh_classifier or module.num_classes != teacher.num_classes:
         seeded(lambda: module.reset_classifier(teacher.num_classes), seed)
         log.info("%s: a new classifier for %d classes", name, teacher.num_classes)
+        if fresh_classifier:
+            _silence(module)
         arguments |= {} if architecture == REFERENCE else {"num_classes": teacher.num_classes}
     module.eval().requires_grad_(False)
     origin = Origin.of(
@@ -79,6 +81,15 @@ def _size_arguments(name: str, size: tuple[int, int]) -> dict[str, Any]:
         patches: Any = getattr(build_architecture(name, {}), "patch_embed", None)
     own = getattr(patches, "img_size", None)
     return {} if own is None or tuple(own) == size else {"img_size": size}
+
+
+def _silence(module: Any) -> None:
+    """A classifier that says the same of every image."""
+    heads = module.get_classifier()
+    with torch.no_grad():
+        for head in heads if isinstance(heads, tuple) else (heads,):
+            for parameter in head.parameters():
+                parameter.zero_()
 
 
 def _check_classifier(name: str, module: nn.Module) -> None:
