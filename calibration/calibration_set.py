@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calibration.errors import DfqError
-from calibration.files import FolderLock, make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.files import FolderLock, read_json, replace_file, sha256_of, take_folder, write_json
 from calibration.team import ALONE, Team
 from calibration.tokens import PatchGrid, keep_of_mask
 
@@ -114,7 +114,9 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 def to_pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """float32 [M, 3, H, W], normalised -> the nearest uint8 picture."""
     mean_, std_ = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
-    return ((images * std_ + mean_) * 255.0).round().clamp(0, 255).to(torch.uint8)
+    pixels = ((images * std_ + mean_) * 255.0).round().clamp(0, 255).to(torch.uint8)
+    # As they are read back from a file: a network rounds differently where they lie in another order.
+    return pixels.contiguous()
 
 
 def concatenate(parts: list[CalibrationSet]) -> CalibrationSet:
@@ -164,8 +166,7 @@ class SetFolder:
 
     def _claim(self, overwrite: bool) -> dict[str, str]:
         """The checksums of the batches of a set that is complete."""
-        make_directory(self.path)
-        self._lock = FolderLock(self.path)
+        self._lock = take_folder(self.path)
         path = self.path / MANIFEST
         if path.exists():
             manifest = read_json(path)
@@ -181,7 +182,7 @@ class SetFolder:
                 shard.unlink()
             for picture in ("preview.png", "trace.png"):
                 (self.path / picture).unlink(missing_ok=True)
-        elif any(not path.name.endswith(".partial") for path in self.path.iterdir()):
+        elif any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no calibration set; choose another --out")
         self._write_manifest([])
         return {}

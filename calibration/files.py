@@ -36,6 +36,7 @@ class FolderLock:
     """
 
     def __init__(self, path: Path) -> None:
+        self.held = False
         self.release: Callable[[], object] = lambda: None
         if sys.platform == "win32":
             return
@@ -46,6 +47,7 @@ class FolderLock:
         self.release = finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.held = True
         except BlockingIOError:
             self.release()
             raise DfqError(
@@ -53,6 +55,19 @@ class FolderLock:
             ) from None
         except OSError:
             self.release()
+
+
+def take_folder(path: Path) -> FolderLock:
+    """Create `path` where need be and keep other runs out; what a run that was killed had half written is deleted.
+
+    Raises DfqError as `make_directory` and `FolderLock` do.
+    """
+    make_directory(path)
+    lock = FolderLock(path)
+    if lock.held:
+        for left in path.glob(".*.partial"):
+            left.unlink(missing_ok=True)
+    return lock
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

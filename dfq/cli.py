@@ -115,7 +115,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     import dfq
     from calibration import check_method
-    from calibration.files import FolderLock, make_directory
+    from calibration.files import FolderLock, take_folder
     from calibration.team import team
     from dfq.checkpoint import claim_directory
     from dfq.generation import describe_run
@@ -149,8 +149,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     held: list[FolderLock] = []
 
     def claim() -> bool:
-        make_directory(arguments.out)
-        held.append(FolderLock(arguments.out))
+        held.append(take_folder(arguments.out))
         return claim_directory(arguments.out, identity, overwrite=arguments.overwrite)
 
     shared = team()
@@ -170,6 +169,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             model, bits, calibration=images, recipe=recipe, resume=resume, progress=not arguments.quiet
         )
         dfq.save(quantized, arguments.out)
+    (arguments.out / UNFINISHED).unlink(missing_ok=True)
     print(
         f"{quantized.describe()}: {len(quantized.sites)} tensors quantized, "
         f"{quantized.weight_bytes / 1e6:.2f} MB ({model.weight_bytes / 1e6:.2f} MB in float32)"

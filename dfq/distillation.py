@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch.utils.data import Dataset
 
 from calibration import CalibrationSet, Plan, check_method, load_calibration_set
-from calibration.files import FolderLock, make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.files import FolderLock, read_json, replace_file, sha256_of, take_folder, write_json
 from calibration.passes import resolve_precision
 from calibration.team import team
 from dfq.checkpoint import load, save
@@ -223,8 +223,7 @@ class _Folder:
         self._manifest = team().lead(lambda: self._claim(overwrite))
 
     def _claim(self, overwrite: bool) -> dict[str, Any]:
-        make_directory(self.path)
-        self._lock = FolderLock(self.path)
+        self._lock = take_folder(self.path)
         path = self.path / MANIFEST
         if path.exists():
             manifest = read_json(path)

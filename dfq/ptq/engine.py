@@ -98,9 +98,9 @@ def quantize(
 
     bits: `w4a8` and the like, 2 to 8 each; `a16` leaves activations in floating point. calibration: a set, the
     folder of one, or None to invert the model for as many images as the recipe asks for. recipe: a preset's name, a
-    TOML file, or a Recipe. resume: a file in which finished stages are kept until all are, and then no more: a run that
-    was stopped goes on from there to the same result, bit for bit on the same hardware. What another run left there is
-    replaced. Of images that are made here nothing is kept: give `calibration`.
+    TOML file, or a Recipe. resume: a file in which finished stages are kept: a run that was stopped goes on from there
+    to the same result, bit for bit on the same hardware. What another run left there is replaced. It is there to be
+    deleted when the model is saved. Of images that are made here nothing is kept: give `calibration`.
 
     Where the recipe says so, channels are rotated first (`rotate`), and the position embedding is rounded to float16
     (`prepare`). The network is then walked once, stage by stage (stem, each block, head), in full precision ("parallel"
@@ -166,8 +166,6 @@ def quantize(
                 kept.keep(quantized, index + 1, inputs, () if reconstructor is None else reconstructor.entering)
             bar.update()
 
-    if kept is not None:
-        kept.remove()
     quantized.sites = {p.site.name: quantized.sites[p.site.name] for p in planned}
     return quantized
 

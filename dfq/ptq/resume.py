@@ -58,6 +58,9 @@ class ResumeFile:
         self._run: dict[str, Any] = {}
         make_directory(path.parent)
         self._header = _read_header(path)
+        # What runs left that were killed while they wrote it.
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            left.unlink(missing_ok=True)
 
     def take_up(
         self, quantized: QuantizedModel, model: Model, images: CalibrationSet, batch_size: int
@@ -103,12 +106,15 @@ class ResumeFile:
             tensors |= {f"{part}.{index:05d}": batch for index, batch in enumerate(batches)}
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = json.dumps({"run": self._run, "stages": done, "sites": describe_sites(quantized)})
-        replace_file(self._path, lambda partial: save_file(content, partial, {FORMAT: header}))
 
-    def remove(self) -> None:
-        """Delete the file, and what runs left that were killed while they wrote it."""
-        for left in (self._path, *self._path.parent.glob(f".{glob.escape(self._path.name)}.*.partial")):
-            left.unlink(missing_ok=True)
+        def write(partial: Path) -> None:
+            try:
+                save_file(content, partial, {FORMAT: header})
+            except SafetensorError as error:
+                # Of a full disk, too.
+                raise OSError(str(error)) from error
+
+        replace_file(self._path, write)
 
 
 def _read_header(path: Path) -> dict[str, Any] | None:

@@ -165,6 +165,12 @@ class TestPixels:
         for mean, std in ((MEAN, STD), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
             assert torch.equal(to_pixels(normalise(images, mean, std), mean, std), images)
 
+    def test_pixels_lie_in_the_order_of_a_file(self) -> None:
+        images = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+        other_order = images.contiguous(memory_format=torch.channels_last)
+        assert to_pixels(other_order, MEAN, STD).is_contiguous()
+        assert torch.equal(to_pixels(other_order, MEAN, STD), to_pixels(images, MEAN, STD))
+
     def test_the_nearest_picture(self) -> None:
         # In units of 1/255: 99.6 -> 100, 99.4 -> 99; beyond white and black it is white and black.
         values = torch.tensor([99.6, 99.4, 300.0, -7.0]).view(1, 1, 2, 2) / 255
