@@ -6,7 +6,8 @@
 The command runs undisturbed once. Then it is started again and again, and killed (SIGKILL) after a time drawn between
 nothing and all that the undisturbed run took, until it ends by itself; that is one trip. Trips follow each other until
 there were `--kills` kills. After each trip all files must be those of the undisturbed run, bit for bit but for the
-seconds in logs, and no other. `--processes N` starts it by torchrun and kills one of the N, chosen at random.
+seconds in logs, and no other. Where `--processes` is more than 1, torchrun starts it and one of them is killed, chosen
+at random; of several numbers one is drawn for each start.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         started = time.monotonic()
-        run(arguments, folder / "undisturbed").wait_for_success()
+        run(arguments, 1, folder / "undisturbed").wait_for_success()
         whole = time.monotonic() - started
         wanted = sums(folder / "undisturbed")
         kills, trips, early, seconds = 0, 0, 0, 0.0
@@ -48,7 +49,7 @@ def main() -> None:
             out = folder / "disturbed"
             started = time.monotonic()
             while True:
-                process = run(arguments, out)
+                process = run(arguments, draw.choice(arguments.processes), out)
                 if not process.killed_after(draw.uniform(0, whole), draw):
                     process.wait_for_success()
                     break
@@ -107,11 +108,11 @@ def workers_of(process: int) -> list[int]:
     return started or [process]
 
 
-def run(arguments: argparse.Namespace, out: Path) -> Run:
+def run(arguments: argparse.Namespace, processes: int, out: Path) -> Run:
     command = [*shlex.split(arguments.command), "--device", "cpu", "--quiet", "--out", str(out)]
-    if arguments.processes == 1:
+    if processes == 1:
         return Run([sys.executable, "-m", "dfq", *command])
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.processes), "-m"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
     return Run([sys.executable, *launcher, "dfq", *command])
 
 
@@ -133,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--command", default=QUANTIZE, help="of dfq, without --out (%(default)s)")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", nargs="+", type=int, default=[1])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, help="add a line of JSON there")
     return parser.parse_args()

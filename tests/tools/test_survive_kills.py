@@ -48,7 +48,7 @@ def test_a_difference_is_told(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         def wait_for_success(self) -> None:
             pass
 
-    monkeypatch.setattr(tool, "run", lambda _, out: Run(out))
+    monkeypatch.setattr(tool, "run", lambda _arguments, _processes, out: Run(out))
     with pytest.raises(SystemExit, match=r"after 0 kills these differ from the undisturbed run: a\.txt"):
         call(tool, monkeypatch, "--kills", 1)
 
