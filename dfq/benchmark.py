@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dfq.architectures import build_architecture
 from dfq.checkpoint import load
 from dfq.errors import DfqError, UsageError
 from dfq.machine import Machine, this_machine
-from dfq.models import PYTORCH, Model, Origin, build_architecture
+from dfq.models import PYTORCH, Model, Origin
 from dfq.onnx_export import export_network
 from dfq.preprocessing import Preprocessing
 from dfq.ptq.engine import QuantizedModel

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import quantizers
 from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
+from dfq.architectures import build_architecture
 from dfq.errors import CheckpointError, DfqError
-from dfq.models import Origin, build_architecture, resolve_device
+from dfq.models import Origin, resolve_device
 from dfq.preprocessing import Preprocessing
 from dfq.ptq.engine import QuantizedModel, kept_state
 from dfq.ptq.fitting import place

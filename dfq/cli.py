@@ -220,10 +220,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import dfq
     from calibration.files import write_json
     from calibration.team import team
+    from dfq.architectures import REFERENCE
     from dfq.checkpoint import is_quantized_model
     from dfq.datasets import image_folder, reference_digits, timm_dataset
     from dfq.errors import DfqError, UsageError
-    from dfq.models import REFERENCE
     from dfq.runtime import RUNTIMES, is_onnx_file
 
     target = arguments.model
@@ -402,8 +402,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _models(filter: str) -> list[tuple[str, str]]:
     """Names and, where a filter keeps them few, what can be done with each: that takes building it."""
+    from dfq.architectures import supported_names
     from dfq.errors import DfqError
-    from dfq.models import describe_support, supported_names
+    from dfq.support import describe_support
 
     names = supported_names(filter)
     if not names:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from dfq.architectures import REFERENCE
 from dfq.checkpoint import CONFIG, claim_directory, save
 from dfq.datasets import reference_digits
 from dfq.evaluation import Evaluation, evaluate
 from dfq.generation import generate
-from dfq.models import REFERENCE, Model, load_model
+from dfq.models import Model, load_model
 from dfq.ptq.engine import quantize
 
 BITS = ("w8a8", "w4a8", "w4a4")

@@ -22,7 +22,8 @@ from calibration.team import team
 from calibration.tokens import PatchGrid
 from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
 from dfq.errors import UsageError
-from dfq.models import Model, check_invertible
+from dfq.models import Model
+from dfq.support import check_invertible
 from dfq.versions import versions
 
 log = logging.getLogger("dfq")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from calibration import CalibrationSet, load_calibration_set
 from calibration.tokens import PatchGrid
 from dfq.errors import DfqError
-from dfq.models import Model, Network, check_quantizable
+from dfq.models import Model, Network
 from dfq.ptq.fitting import fit_sites, move_ranges, observe, place_sites
 from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
@@ -27,6 +27,7 @@ from dfq.ptq.rotate import rotate
 from dfq.ptq.sites import POSITION_EMBEDDING, PlannedSite, plan_sites
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
+from dfq.support import check_quantizable
 from quantizers import Quantizer, pack
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from dfq import reference
+from dfq.architectures import REFERENCE, build_architecture, build_network, seeded
 from dfq.errors import UnsupportedModelError, UsageError
-from dfq.models import REFERENCE, Model, Origin, build_architecture, build_network, seeded
+from dfq.models import Model, Origin
 from dfq.weights import check_finite, load_into, read_weights
 
 log = logging.getLogger("dfq")

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import dfq
 from calibration.calibration_set import CalibrationSet
-from dfq.models import Model, Origin, build_architecture
+from dfq.architectures import build_architecture
+from dfq.models import Model, Origin
 from dfq.preprocessing import Preprocessing
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import dfq
 from calibration.calibration_set import CalibrationSet
+from dfq.architectures import build_architecture
 from dfq.checkpoint import plain_state_dict, save_plain
 from dfq.errors import DfqError
-from dfq.models import Model, Origin, build_architecture
+from dfq.models import Model, Origin
 from dfq.preprocessing import Preprocessing
 from dfq.ptq.engine import QuantizedModel
 from dfq.recipe import Recipe, recipe_from_dict

@@ -13,10 +13,12 @@ import torch
 import dfq
 from calibration.saliency import saliency_kind, saliency_probe
 from calibration.tokens import PatchGrid, token_gather
+from dfq.architectures import build_architecture
 from dfq.errors import DfqError, UnsupportedModelError
-from dfq.models import Model, Origin, build_architecture, check_invertible, check_quantizable, describe_support
+from dfq.models import Model, Origin
 from dfq.preprocessing import Preprocessing
 from dfq.ptq.modules import adapt
+from dfq.support import check_invertible, check_quantizable, describe_support
 
 # The image size each name is run at, and what makes the larger ones small enough to be run here.
 TWO_BLOCKS = {"depth": 2}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dfq.models import Model, Origin, build_architecture
+from dfq.architectures import build_architecture
+from dfq.models import Model, Origin
 from dfq.preprocessing import Preprocessing
 
 ARCHITECTURE = "swin_tiny_patch4_window7_224"

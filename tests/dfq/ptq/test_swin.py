@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, RecipeError, UnsupportedModelError
-from dfq.models import Model, check_quantizable
+from dfq.models import Model
 from dfq.ptq.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, adapt
 from dfq.ptq.sites import PlannedSite, list_sites, plan_sites
 from dfq.recipe import Bits, load_recipe, recipe_from_dict
+from dfq.support import check_quantizable
 from quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dfq.architectures import build_architecture
 from dfq.errors import CheckpointError, DfqError, UnsupportedModelError, UsageError
-from dfq.models import Model, build_architecture
+from dfq.models import Model
 from dfq.transfer.student import load_student
 
 
