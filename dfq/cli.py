@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -72,13 +73,17 @@ def _explain(error: Exception) -> int:
     from dfq.errors import DfqError, UsageError
 
     if isinstance(error, LeaderError):
+        # torchrun ends all processes when one has failed: not before the first has said why.
+        time.sleep(1)
         return 1
     if isinstance(error, DfqError):
         said = str(error)
     else:
         first_line = (str(error) or "no message").splitlines()[0]
         said = f"unexpected {type(error).__name__}: {first_line}; --debug shows where"
-    print(f"dfq: error: {said}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))
+    who = f" in process {rank}" if rank else ""
+    print(f"dfq: error{who}: {said}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 
