@@ -107,10 +107,10 @@ def timed(command: list[str]) -> float:
     return time.monotonic() - started
 
 
-def memory(name: str, count: int, iterations: int) -> dict[str, Any]:
+def memory(name: str, count: int, iterations: int, quantized: bool) -> dict[str, Any]:
     """Peaks of a process of its own: it starts with nothing in its memory but the model."""
     done = subprocess.run(
-        [sys.executable, __file__, "--peak", name, str(count), str(iterations)],
+        [sys.executable, __file__, "--peak", name, str(count), str(iterations), *(["quantized"] if quantized else [])],
         check=True,
         capture_output=True,
         text=True,
@@ -119,7 +119,7 @@ def memory(name: str, count: int, iterations: int) -> dict[str, Any]:
     return {"part": "memory", "model": name, "images": count, "iterations": iterations} | found
 
 
-def peaks(name: str, count: int, iterations: int) -> dict[str, Any]:
+def peaks(name: str, count: int, iterations: int, quantized: bool) -> dict[str, Any]:
     model = dfq.load_model(name, random_weights=name != "reference", device="cpu")
     made: list[dfq.CalibrationSet] = []
 
@@ -131,7 +131,7 @@ def peaks(name: str, count: int, iterations: int) -> dict[str, Any]:
     def quantize() -> None:
         dfq.quantize(model, "w4a8", calibration=made[0], recipe="fast", progress=False)
 
-    quantizing = peak_memory(quantize, model.device)
+    quantizing = peak_memory(quantize, model.device) if quantized else None
     return {"generating": generating, "quantizing": quantizing, "images_bytes": made[0].images.numel()}
 
 
@@ -195,7 +195,7 @@ def _memory_table(lines: list[dict[str, Any]]) -> str:
     ]
     rows += [
         f"| {line['model']} | {line['images']} | {line['images_bytes'] / 1e6:.0f} | {line['generating'] / 1e6:.0f} "
-        f"| {line['quantizing'] / 1e6:.0f} |"
+        f"| {'-' if line['quantizing'] is None else round(line['quantizing'] / 1e6)} |"
         for line in found
     ]
     return "\n".join(rows)
@@ -238,19 +238,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=10, help="of what processes share")
     parser.add_argument("--memory-model", default="deit_tiny_patch16_224")
     parser.add_argument("--images", nargs="+", type=int, default=[64, 256, 1024], help="of the memory")
+    parser.add_argument("--quantize-up-to", type=int, default=256, help="images of the memory; more take an hour")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=Path("runs/scaling.jsonl"))
     parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
-    parser.add_argument("--peak", nargs=3, metavar=("MODEL", "IMAGES", "ITERATIONS"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.peak:
-        name, count, iterations = arguments.peak
-        print(json.dumps(peaks(name, int(count), int(iterations))))
+        name, count, iterations, *quantized = arguments.peak
+        print(json.dumps(peaks(name, int(count), int(iterations), bool(quantized))))
         return
     if shown(arguments, read_lines(arguments.results), to_markdown, with_tables):
         return
@@ -270,7 +271,7 @@ def main() -> None:
                 keep(processes(name, count, arguments.iterations))
     if "memory" in arguments.parts:
         for count in arguments.images:
-            keep(memory(arguments.memory_model, count, 1))
+            keep(memory(arguments.memory_model, count, 1, count <= arguments.quantize_up_to))
 
 
 if __name__ == "__main__":
