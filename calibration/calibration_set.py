@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calibration.errors import DfqError
-from calibration.files import FolderLock, read_json, replace_file, sha256_of, take_folder, write_json
+from calibration.files import FolderLock, read_json, remove_file, replace_file, sha256_of, take_folder, write_json
 from calibration.team import ALONE, Team
 from calibration.tokens import PatchGrid, keep_of_mask
 
@@ -63,7 +65,7 @@ class CalibrationSet:
             and images.shape[2] % mask.shape[1] == 0
             and images.shape[3] % mask.shape[2] == 0
             and (self.labels is None or (self.labels.shape, self.labels.dtype) == (count, torch.int64))
-            and (self.confidence is None or self.confidence.shape == count)
+            and (self.confidence is None or (self.confidence.shape == count and self.confidence.is_floating_point()))
             and (self.iterations is None or (self.iterations.shape, self.iterations.dtype) == (count, torch.int64))
         )
         if not well_formed:
@@ -72,6 +74,10 @@ class CalibrationSet:
             found = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None]
             raise DfqError(
                 f"not a calibration set: {', '.join(found)}, {len(self.mean)} means, {len(self.std)} deviations"
+            )
+        if not all(map(math.isfinite, self.mean)) or not all(0.0 < value < math.inf for value in self.std):
+            raise DfqError(
+                f"not a calibration set: its means {self.mean} must be finite, its deviations {self.std} positive too"
             )
         if not bool(self.mask.flatten(1).any(1).all()):
             raise DfqError("not a calibration set: an image keeps no patch at all")
@@ -179,9 +185,9 @@ class SetFolder:
                     f"{self.path} holds a calibration set of another run; choose another --out or give --overwrite"
                 )
             for shard in self.path.glob("shard-[0-9]*.safetensors"):
-                shard.unlink()
+                remove_file(shard)
             for picture in ("preview.png", "trace.png"):
-                (self.path / picture).unlink(missing_ok=True)
+                remove_file(self.path / picture)
         elif any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no calibration set; choose another --out")
         self._write_manifest([])
@@ -260,14 +266,25 @@ def load_calibration_set(path: Path | str) -> CalibrationSet:
         raise DfqError(f"{manifest_path} is damaged: it has no shards, or tells of no run")
     parts = []
     for name, checksum in checksums.items():
-        shard = folder / name
-        if Path(name).name != name or not shard.is_file():
-            raise DfqError(f"{manifest_path} names {name!r}, which is not a file in {folder}")
+        if not _lies_in(folder, name):
+            raise DfqError(f"{manifest_path} names {reprlib.repr(name)}, which is not a file in {folder}")
         try:
-            parts.append(_read_shard(shard, run, checksum))
+            parts.append(_read_shard(folder / name, run, checksum))
         except DfqError as error:
             raise DfqError(f"{error}: the command that made the set makes it again") from error
+    if len({(part.images.shape[1:], part.mask.shape[1:]) for part in parts}) > 1:
+        raise DfqError(f"{manifest_path} is damaged: its shards hold images of several sizes")
     return concatenate(parts)
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether `name` is that of a file in `folder` itself; a link is followed within the folder only."""
+    path = folder / name
+    try:
+        return Path(name).name == name and path.is_file() and path.resolve().parent == folder.resolve()
+    # A name that is too long, or bytes that cannot be in one.
+    except (OSError, ValueError):
+        return False
 
 
 def _checksums(manifest: dict[str, Any], path: Path) -> dict[str, str]:
@@ -279,6 +296,8 @@ def _checksums(manifest: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> CalibrationSet:
+    if not path.is_file():
+        raise DfqError(f"{path} is not a file")
     if checksum is not None and sha256_of(path) != checksum:
         raise DfqError(f"{path} is damaged (its checksum is not that in {MANIFEST})")
     try:
@@ -297,7 +316,7 @@ def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> Calibr
             run=run,
             iterations=tensors.get("iterations"),
         )
-    except (DfqError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (DfqError, OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise DfqError(f"{path} is damaged ({error})") from error
 
 

@@ -17,6 +17,9 @@ from calibration.errors import DfqError
 if sys.platform != "win32":
     import fcntl
 
+MAX_TEXT_BYTES = 2**28
+"""Texts are read whole. A longer one is none that dfq wrote: the manifest of a million images is half as long."""
+
 
 def make_directory(path: Path) -> None:
     """Create `path` and its parents, and see that it can be written to. Raises DfqError."""
@@ -66,8 +69,16 @@ def take_folder(path: Path) -> FolderLock:
     lock = FolderLock(path)
     if lock.held:
         for left in path.glob(".*.partial"):
-            left.unlink(missing_ok=True)
+            remove_file(left)
     return lock
+
+
+def remove_file(path: Path) -> None:
+    """Delete `path`, if it is there. Raises DfqError where it cannot be, as a folder."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DfqError(f"cannot delete {path}: {error.strerror or error}; move it away") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -89,10 +100,19 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def read_text(path: Path) -> str:
+    """UTF-8. Raises ValueError for other bytes and for more than `MAX_TEXT_BYTES`, OSError for what is no file."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DfqError where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     # ValueError: not JSON, not UTF-8, or an integer of more digits than Python reads.
     except (OSError, ValueError, RecursionError) as error:
         raise DfqError(f"cannot read {path}: {error}") from error

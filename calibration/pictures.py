@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +15,10 @@ IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 """File name endings taken for images, in lower case; upper case is understood too."""
 
 _DEEP_MODES = ("I", "F")
+# Of the formats behind these endings, and GIF, that files are called by mistake. Pillow knows others whatever a file is
+# called, and one of them (EPS) is run as a program.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_MAX_ASPECT = 100
 
 
 class ImageFileError(DfqError):
@@ -26,9 +32,25 @@ class ImageFileError(DfqError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture in RGB. Raises ImageFileError, naming the file."""
+    """The picture in RGB.
+
+    Raises ImageFileError, naming the file; also for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, of which Pillow only
+    warns, and for a strip that would become a huge picture when its short side is enlarged to the model's.
+    """
     try:
-        with Image.open(path) as picture:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=_FORMATS)
+        with picture:
+            width, height = picture.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"it has {width}x{height} pixels, and {Image.MAX_IMAGE_PIXELS} are the most")
+            if max(width, height) > _MAX_ASPECT * min(width, height):
+                raise ValueError(
+                    f"it has {width}x{height} pixels, and one side may be at most {_MAX_ASPECT} times the other"
+                )
             # Pillow clips these to 255 instead of scaling them: the picture would come out white.
             if picture.mode.startswith(_DEEP_MODES):
                 raise ValueError(f"its pixels have more than 8 bits (mode {picture.mode})")
@@ -58,12 +80,21 @@ def _raise(error: OSError) -> None:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All images in `folder` and the folders in it, sorted. Raises DfqError for one that may not be listed."""
+    """All images in `folder` and the folders in it, sorted; a folder that links lead to again counts once.
+
+    Raises DfqError for one that may not be listed.
+    """
     found = []
+    seen: set[Path] = set()
     try:
         # os.walk passes over what it may not list unless told otherwise: images would be missing without a word.
         for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            place = Path(parent).resolve()
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
             found += [Path(parent, name) for name in files if is_image(name)]
     except OSError as error:
         raise DfqError(

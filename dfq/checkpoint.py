@@ -37,6 +37,8 @@ QUANTIZATION = "quantization_config"
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_SMALL = 2**26
+"""Numbers that any network may have: tables of positions are in it, but not among its weights."""
 
 
 def is_quantized_model(path: Path | str) -> bool:
@@ -186,14 +188,18 @@ def load(directory: Path | str, *, device: str | torch.device | None = None) -> 
         return _assemble(config, tensors, target)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is not a whole safetensors file ({error})") from error
-    except (DfqError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    # The description may hold anything, and what timm and PyTorch raise for it shares no base class but Exception.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder / CONFIG} and {WEIGHTS} do not make a model: {reason}") from error
 
 
 def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> QuantizedModel:
-    origin = Origin(**config["model"])
+    origin = Origin.from_dict(config["model"])
     recipe = recipe_from_dict(config["recipe"], name=config["recipe"]["name"], where=CONFIG)
+    if not isinstance(config["calibration"], dict):
+        raise ValueError("what it says of the calibration is not a table")
+    _check_size(origin, tensors)
     module = adapt(build_architecture(origin.architecture, origin.arguments), deferred=recipe.softmax == "deferred")
     sites = restore(module, config["sites"], tensors)
     return QuantizedModel(
@@ -205,6 +211,19 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.
         sites=sites,
         calibration=config["calibration"],
     )
+
+
+def _check_size(origin: Origin, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a network would be built that is far larger than its weights."""
+    blocks = [value for key, value in origin.arguments.items() if key.startswith("depth")]
+    if any(count > len(tensors) for value in blocks for count in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"it asks for more blocks than there are weights ({blocks[0]})")
+    with torch.device("meta"):
+        network = build_architecture(origin.architecture, origin.arguments)
+    wanted = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    # Of weights of 2 bits, 4 lie in a byte.
+    if wanted > max(_SMALL, 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
+        raise ValueError(f"it asks for a network of {wanted} numbers, far more than there are weights")
 
 
 def restore(
@@ -241,6 +260,8 @@ def restore(
             layer.weight.copy_(plain[name])
     for name, quantizer in sites.items():
         if name not in layers and "." in name:
+            if not isinstance(module.get_submodule(name), nn.Identity):
+                raise ValueError(f"{name} is no place for a quantizer")
             place(module, name, quantizer)
     return sites
 

@@ -18,7 +18,16 @@ from safetensors.torch import save as to_bytes
 from torch.utils.data import Dataset
 
 from calibration import CalibrationSet, Plan, check_method, load_calibration_set
-from calibration.files import FolderLock, read_json, replace_file, sha256_of, take_folder, write_json
+from calibration.files import (
+    FolderLock,
+    read_json,
+    read_text,
+    remove_file,
+    replace_file,
+    sha256_of,
+    take_folder,
+    write_json,
+)
 from calibration.passes import resolve_precision
 from calibration.team import team
 from dfq.checkpoint import load, save
@@ -30,7 +39,7 @@ from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
 from dfq.transfer.curve import write_curve
 from dfq.transfer.pool import Pool, View
-from dfq.transfer.record import LOG, STATE, Round, StateFile, write_log
+from dfq.transfer.record import LOG, STATE, Round, StateFile, rounds_of, write_log
 from dfq.transfer.training import Trainee, Training, check_part, optimizer_of, step, trained
 from dfq.versions import versions
 from dfq.weights import fingerprint, load_into, read_weights
@@ -232,13 +241,15 @@ class _Folder:
             if (manifest.get("version"), manifest.get("run")) == (VERSION, self._run):
                 return manifest
             if not overwrite:
-                differing = [key for key in self._run if (manifest.get("run") or {}).get(key) != self._run[key]]
+                other = manifest.get("run")
+                other = other if isinstance(other, dict) else {}
+                differing = [key for key in self._run if other.get(key) != self._run[key]]
                 raise DfqError(
                     f"{self.path} holds a transfer of another run (it differs in {', '.join(differing) or 'version'}); "
                     "choose another --out or give --overwrite"
                 )
             for name in (STATE, WEIGHTS, LOG, CURVE):
-                (self.path / name).unlink(missing_ok=True)
+                remove_file(self.path / name)
         elif any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no transfer; choose another --out")
         manifest = {"format": FORMAT, "version": VERSION, "complete": False, "run": self._run, "versions": versions()}
@@ -250,12 +261,14 @@ class _Folder:
         if not self._manifest.get("complete"):
             return None
         try:
-            rounds = tuple(Round(**json.loads(line)) for line in (self.path / LOG).read_text("utf-8").splitlines())
+            rounds = tuple(rounds_of(json.loads(line) for line in read_text(self.path / LOG).splitlines()))
             if not rounds:
                 raise ValueError("no rounds")
-            teacher, top1 = str(self._manifest["teacher"]), self._manifest["teacher_top1"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DfqError(f"{self.path / LOG} is damaged ({error}): give --overwrite to make it again") from error
+        teacher, top1 = self._manifest.get("teacher"), self._manifest.get("teacher_top1")
+        if not isinstance(teacher, str) or not isinstance(top1, int | float | None):
+            raise DfqError(f"{self.path / MANIFEST} is damaged (of the teacher): give --overwrite to make it again")
         if isinstance(student, QuantizedModel):
             student = load(self.path / QUANTIZED, device=student.device)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,23 @@ class Origin:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON, and `Origin.from_dict`."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Origin:
+        """What `to_dict` gave. Raises UsageError for a value of another kind, TypeError for another key."""
+        kinds: dict[str, Any] = {
+            "arguments": dict,
+            "checkpoint": str | None,
+            "random_weights": bool,
+            "seed": int | None,
+        }
+        origin = cls(**content)
+        for key, value in origin.to_dict().items():
+            if not isinstance(value, kinds.get(key, str)):
+                raise UsageError(f"{key} of the model's origin cannot be {reprlib.repr(value)}")
+        return origin
 
 
 @dataclass

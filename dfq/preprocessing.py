@@ -14,6 +14,7 @@ from torch import Tensor
 from dfq.errors import UsageError
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_MAX_SIDE = 2**14
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -29,12 +30,17 @@ class Preprocessing:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
+        sides = self.image_size
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in sides):
+            raise UsageError(f"image_size must be two whole numbers from 1 to {_MAX_SIDE}, not {sides}")
         if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
             raise UsageError(f"mean must be three finite numbers, not {self.mean}")
         if len(self.std) != 3 or not all(0.0 < value < math.inf for value in self.std):
             raise UsageError(f"std must be three positive numbers, not {self.std}")
         if not 0.0 < self.crop_pct <= 1.0:
             raise UsageError(f"crop_pct must lie above 0 and at most at 1, not {self.crop_pct}")
+        if max(sides) / self.crop_pct > _MAX_SIDE:
+            raise UsageError(f"crop_pct {self.crop_pct} would have images enlarged to more than {_MAX_SIDE} pixels")
         for name, value, known in (
             ("interpolation", self.interpolation, _INTERPOLATIONS),
             ("crop_mode", self.crop_mode, _CROP_MODES),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from calibration.files import read_text
 from dfq.errors import RecipeError, UsageError
 from quantizers import (
     GELU_MINIMUM,
@@ -30,6 +32,7 @@ from quantizers import (
 
 PRESETS = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "fast"
+_MAX_LENGTH, _MAX_DOTS = 2**20, 200
 FLOAT_BITS = 16
 """As activation bits: left in floating point."""
 
@@ -267,20 +270,28 @@ def load_recipe(name: str | Path) -> Recipe:
             )
         path = PRESETS / f"{name}.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+        text = read_text(path)
+        # Python's parser takes the square of the parts of a key, hours for a megabyte of them.
+        if len(text) > _MAX_LENGTH or any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"a recipe has at most {_MAX_LENGTH} characters, and {_MAX_DOTS} dots in a line")
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+    # ValueError: not UTF-8, or an integer of more digits than Python reads.
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     return recipe_from_dict(content, name=path.stem, where=str(path))
 
 
 def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recipe:
     """The recipe that `content` spells; `where` names its source in errors. Raises RecipeError."""
     _check_keys(content, tuple(f.name for f in fields(Recipe)), where)
+    for key in ("name", "summary"):
+        if not isinstance(content.get(key, ""), str):
+            raise RecipeError(f"{where}: {key} must be a text, not {_said(content[key])}")
     scope = content.get("scope", "gemm")
     if scope not in ("gemm", "full"):
-        raise RecipeError(f"{where}: scope must be 'gemm' or 'full', not {scope!r}")
+        raise RecipeError(f"{where}: scope must be 'gemm' or 'full', not {_said(scope)}")
     first_last = content.get("first_last_bits")
     if first_last is not None:
         _check_value("first_last_bits", first_last, where)
@@ -382,7 +393,7 @@ def _check_settings(table: dict[str, Any], where: str) -> None:
 def _check_value(key: str, value: Any, where: str) -> None:
     if key == "percent":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 50.0 < value <= 100.0:
-            raise RecipeError(f"{where}: percent must lie above 50 and at most at 100, not {value!r}")
+            raise RecipeError(f"{where}: percent must lie above 50 and at most at 100, not {_said(value)}")
         return
     if key in _RANGES:
         low, high = _RANGES[key]
@@ -391,18 +402,28 @@ def _check_value(key: str, value: Any, where: str) -> None:
             right_kind = type(number) is int or (type(number) is float and not whole)
             if not right_kind or not low <= number <= high:
                 raise RecipeError(
-                    f"{where}: {key} must be a{' whole' if whole else ''} number from {low} to {high}, not {value!r}"
+                    f"{where}: {key} must be a{' whole' if whole else ''} number from {low} to {high}, "
+                    f"not {_said(value)}"
                 )
         return
     # 1 == True in Python, and bits = true is a mistake.
     if not any(type(value) is type(choice) and value == choice for choice in _CHOICES[key]):
-        raise RecipeError(f"{where}: {key} must be one of {', '.join(map(repr, _CHOICES[key]))}, not {value!r}")
+        raise RecipeError(f"{where}: {key} must be one of {', '.join(map(repr, _CHOICES[key]))}, not {_said(value)}")
 
 
 def _check_keys(table: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in table:
         if key not in known:
             raise RecipeError(f"{where}: unknown key {key!r}{_near(key, known)}; known are {', '.join(known)}")
+
+
+def _said(value: Any) -> str:
+    """`value` as an error shows it, however long or deep it is."""
+    try:
+        return reprlib.repr(value)
+    # Of an integer in base 16, which may have more digits than Python writes in base 10.
+    except ValueError:
+        return "a huge number"
 
 
 def _near(word: str, known: tuple[str, ...] | list[str]) -> str:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from dfq.preprocessing import Preprocessing
 RUNTIMES = ("onnxruntime", "openvino")
 
 _METADATA = "dfq"
+_MAX_CLASSES = 10**7
 _EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 
 Array = NDArray[np.float32]
@@ -186,9 +187,31 @@ def _read(file: Path) -> Any:
     # What protobuf raises for other bytes is a class of its C extension, and not always the same one.
     except Exception as error:
         raise DfqError(f"{file} is not a whole ONNX file; export the model again") from error
+    if any(tensor.external_data or tensor.data_location for tensor in _tensors(model)):
+        raise DfqError(f"{file} has data in other files, which `dfq export` never does; export the model again")
     if not model.graph.node:
         raise DfqError(f"{file} is not a whole ONNX file: it holds no network; export the model again")
     return model
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """All of an `onnx.ModelProto`, also those in attributes, functions and inner graphs."""
+    # Not by recursion: graphs may lie in one another as deep as a file is long.
+    graphs = [model.graph]
+    nodes = [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            nodes += graph.node
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            continue
+        for attribute in nodes.pop().attribute:
+            graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
 
 
 def _description(file: Path, model: Any) -> dict[str, Any]:
@@ -204,7 +227,7 @@ def _description(file: Path, model: Any) -> dict[str, Any]:
                 f"version {VERSION}"
             )
         described = {
-            "origin": Origin(**said["model"]),
+            "origin": Origin.from_dict(said["model"]),
             "preprocessing": Preprocessing.from_dict(said["preprocessing"]),
             "bits": str(said["bits"]),
             "num_classes": int(said["num_classes"]),
@@ -212,9 +235,13 @@ def _description(file: Path, model: Any) -> dict[str, Any]:
             "recipe": said.get("recipe"),
             "seed": said.get("seed"),
         }
+        if not isinstance(described["recipe"], str | None) or not isinstance(described["seed"], int | None):
+            raise TypeError("the recipe is no name, or the seed no number")
+        if not 0 < described["num_classes"] <= _MAX_CLASSES or described["weight_bytes"] < 0:
+            raise ValueError("the number of classes or bytes cannot be meant")
     except UsageError as error:
         raise DfqError(f"{file} is damaged: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
         raise DfqError(f"{file} is damaged: what dfq noted in it cannot be read ({_reason(error)})") from error
     names = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
     if names != ([INPUT], [OUTPUT]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from dfq.errors import CheckpointError
 
 # Where training code puts the weights inside a checkpoint; averaged weights first, as timm does.
 _STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_MAX_SHARED = 16
+"""Weights may share their bytes; so many times the file they may be together."""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -33,9 +36,12 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
         else:
+            _check_unpacked(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error})") from error
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise CheckpointError(
@@ -43,18 +49,54 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
                 "`model.state_dict()` to safetensors and give that"
             ) from error
         raise CheckpointError(f"{file} is neither safetensors nor a PyTorch checkpoint") from error
-    # torch.load tells of a broken archive in all these ways.
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    # A broken archive has torch.load call almost anything with almost anything.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file} is damaged, or no checkpoint at all ({reason})") from error
+    content = _as_dict(content)
     for key in _STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+        if isinstance(content.get(key), dict):
+            content = _as_dict(content[key])
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise CheckpointError(f"{file} holds no state dict (a mapping from parameter names to tensors)")
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    odd = [key for key, value in content.items() if not _is_plain(value)]
+    if odd:
+        raise CheckpointError(f"{file} holds a tensor that is not plain numbers ({odd[0]}); save the weights densely")
+    # Views of a few bytes can have any shape.
+    if sum(value.numel() * value.element_size() for value in content.values()) > _MAX_SHARED * file.stat().st_size:
+        raise CheckpointError(f"{file} would unpack to far more than its size; save the weights as they are")
+    state = {key.removeprefix("module."): value for key, value in content.items()}
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def _check_unpacked(file: Path) -> None:
+    """Raise CheckpointError for a zip archive that is larger unpacked; torch.save compresses nothing."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+        sum(entry.file_size for entry in entries) > file.stat().st_size
+    ):
+        raise CheckpointError(
+            f"{file} is a compressed archive, which torch.save does not write; unpack and save it again"
+        )
+
+
+def _as_dict(content: Any) -> dict[Any, Any]:
+    """The entries of a dict of any class, whatever methods its file has given it; none of anything else."""
+    return dict(dict.items(content)) if isinstance(content, dict) else {}
+
+
+def _is_plain(value: Tensor) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_complex()
+        and not value.is_quantized
+    )
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], name: str, file: Path | str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration import CalibrationSet
-from calibration.files import make_directory, replace_file
+from calibration.files import make_directory, remove_file, replace_file
 from calibration.passes import resolve_precision
 from dfq.checkpoint import describe_sites, restore
 from dfq.errors import DfqError
@@ -60,7 +60,7 @@ class ResumeFile:
         self._header = _read_header(path)
         # What runs left that were killed while they wrote it.
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            left.unlink(missing_ok=True)
+            remove_file(left)
 
     def take_up(
         self, quantized: QuantizedModel, model: Model, images: CalibrationSet, batch_size: int
@@ -87,8 +87,11 @@ class ResumeFile:
             quantized.sites = restore(quantized.module, described, part, strict=False)
             # Copied: they lie in the file itself, at any address, and sums of the same values depend on that.
             full, entering = ([b.clone() for b in _below(name, tensors).values()] for name in ("full", "quantized"))
-            reached = Reached(int(self._header["stages"]), full, entering)
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reached = Reached(self._header["stages"], full, entering)
+            if type(reached.stages) is not int or not 1 <= reached.stages <= len(stages(quantized.module)):
+                raise ValueError(f"{reached.stages!r} stages are done")
+        # The file may hold anything, and what PyTorch raises for it shares no base class but Exception.
+        except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DfqError(f"{self._path} is damaged ({reason}): delete it, and every stage is done again") from error
         log.info("going on after %d of %d stages, from %s", reached.stages, len(stages(quantized.module)), self._path)
@@ -121,9 +124,11 @@ def _read_header(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        if not path.is_file():
+            raise OSError("it is not a file")
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise DfqError(f"{path} is damaged, or of something else ({error}): delete it or name another file") from error
     if not isinstance(header, dict):
         raise DfqError(f"{path} is not of an unfinished run, and would be replaced: name another file to resume from")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
@@ -20,6 +21,7 @@ from dfq.transfer.training import Trainee
 FORMAT = "dfq.unfinished_student"
 STATE = "student.partial"
 LOG = "log.jsonl"
+_MOST = 1e15
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class Round:
     training_seconds: float
 
 
+def rounds_of(entries: Any) -> list[Round]:
+    """What `asdict` gave of each, by way of JSON. Raises TypeError or ValueError where it is something else."""
+    rounds = [Round(**entry) for entry in entries]
+    for entry in rounds:
+        for key, value in asdict(entry).items():
+            missing = value is None and key in ("agreement", "top1")
+            if not missing and (type(value) not in (int, float) or not abs(value) <= _MOST):
+                raise ValueError(f"{key} of a round cannot be {reprlib.repr(value)}")
+    return rounds
+
+
 class StateFile:
     """The student and its optimizer after the last finished round, replaced as a whole after each.
 
@@ -57,24 +70,37 @@ class StateFile:
         if not self._path.exists():
             return []
         try:
+            if not self._path.is_file():
+                raise ValueError("it is not a file")
             with safe_open(self._path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[FORMAT])
             tensors = load_file(self._path)
             if header["run"] != self._run:
                 raise DfqError(f"{self._path} is of another run; choose another --out or give --overwrite")
-            with torch.no_grad():
-                for name, kept in trainee.kept.items():
-                    kept.copy_(tensors[f"student.{name}"])
+            rounds = rounds_of(header["rounds"])
             state = optimizer.state_dict()
+            shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
             own: dict[int, dict[str, Any]] = {}
             for name, tensor in tensors.items():
                 part, _, rest = name.partition(".")
                 if part == "optimizer":
                     number, _, key = rest.partition(".")
+                    if tensor.shape not in (shapes[int(number)], ()) or not tensor.is_floating_point():
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype}")
                     own.setdefault(int(number), {})[key] = tensor.clone()
+            for name, kept in trainee.kept.items():
+                found = tensors[f"student.{name}"]
+                if (found.shape, found.dtype) != (kept.shape, kept.dtype):
+                    raise ValueError(f"{name} has shape {tuple(found.shape)}, {found.dtype}")
             optimizer.load_state_dict({**state, "state": own})
-            return [Round(**entry) for entry in header["rounds"]]
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            with torch.no_grad():
+                for name, kept in trainee.kept.items():
+                    kept.copy_(tensors[f"student.{name}"])
+            return rounds
+        except DfqError:
+            raise
+        # The file may hold anything, and what PyTorch raises for it shares no base class but Exception.
+        except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DfqError(f"{self._path} is damaged ({reason}): delete it, and the student is trained anew") from error
 

@@ -23,7 +23,7 @@ os.chdir(sys.argv[1])
 teach = "distill reference reference --student-random-weights --method leaves -n 6 --rounds 2 --steps 4 "
 commands = [
     "generate reference --method smi -n 11 --batch-size 2 --iterations 4 --seed 3 -o set",
-    "quantize reference --bits w4a8 -n 4 --batch-size 2 --iterations 2 -o quantized",
+    "quantize reference --recipe paper --bits w4a8 -n 4 --batch-size 2 --iterations 2 -o quantized",
     "evaluate quantized --baseline --batch-size 16 --limit 100 --json result.json",
     teach + "--windows 1 -o linear",
     teach + "--train full -o full",
@@ -60,7 +60,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     where = tmp_path_factory.mktemp("team") / "shared"
-    return where, run(where, ["-m", "torch.distributed.run", "--nproc-per-node", "3"])
+    return where, run(where, ["-m", "torch.distributed.run", "--nproc-per-node", "2"])
 
 
 Done = tuple[Path, subprocess.CompletedProcess[str]]
