@@ -107,32 +107,32 @@ def timed(command: list[str]) -> float:
     return time.monotonic() - started
 
 
-def memory(name: str, count: int, iterations: int, quantized: bool) -> dict[str, Any]:
-    """Peaks of a process of its own: it starts with nothing in its memory but the model."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", name, str(count), str(iterations), *(["quantized"] if quantized else [])],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return {"part": "memory", "model": name, "images": count, "iterations": iterations} | found
+def memory(name: str, count: int, quantized: bool) -> dict[str, Any]:
+    """Peaks of processes of their own: memory that was freed is not given back, and would hide the next peak."""
+    line: dict[str, Any] = {"part": "memory", "model": name, "images": count, "quantizing": None}
+    for what in ("generating", "quantizing")[: 1 + quantized]:
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak", what, name, str(count)], check=True, capture_output=True, text=True
+        )
+        line |= json.loads(done.stdout)
+    return line
 
 
-def peaks(name: str, count: int, iterations: int, quantized: bool) -> dict[str, Any]:
+def peak(what: str, name: str, count: int) -> dict[str, Any]:
     model = dfq.load_model(name, random_weights=name != "reference", device="cpu")
-    made: list[dfq.CalibrationSet] = []
+    if what == "generating":
+        made: list[dfq.CalibrationSet] = []
 
-    def generate() -> None:
-        made.append(dfq.generate(model, "dense", count, iterations=iterations, batch_size=32, progress=False))
+        def generate() -> None:
+            made.append(dfq.generate(model, "dense", count, iterations=1, batch_size=32, progress=False))
 
-    generating = peak_memory(generate, model.device)
+        return {what: peak_memory(generate, model.device), "images_bytes": made[0].images.numel()}
+    images = dfq.generate(model, "gaussian", count, progress=False)
 
     def quantize() -> None:
-        dfq.quantize(model, "w4a8", calibration=made[0], recipe="fast", progress=False)
+        dfq.quantize(model, "w4a8", calibration=images, recipe="fast", progress=False)
 
-    quantizing = peak_memory(quantize, model.device) if quantized else None
-    return {"generating": generating, "quantizing": quantizing, "images_bytes": made[0].images.numel()}
+    return {what: peak_memory(quantize, model.device)}
 
 
 def to_markdown(lines: list[dict[str, Any]]) -> str:
@@ -243,15 +243,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("runs/scaling.jsonl"))
     parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables of --results into a page")
-    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.peak:
-        name, count, iterations, *quantized = arguments.peak
-        print(json.dumps(peaks(name, int(count), int(iterations), bool(quantized))))
+        what, name, count = arguments.peak
+        print(json.dumps(peak(what, name, int(count))))
         return
     if shown(arguments, read_lines(arguments.results), to_markdown, with_tables):
         return
@@ -271,7 +271,7 @@ def main() -> None:
                 keep(processes(name, count, arguments.iterations))
     if "memory" in arguments.parts:
         for count in arguments.images:
-            keep(memory(arguments.memory_model, count, 1, count <= arguments.quantize_up_to))
+            keep(memory(arguments.memory_model, count, count <= arguments.quantize_up_to))
 
 
 if __name__ == "__main__":
