@@ -317,7 +317,8 @@ def _read_shard(path: Path, run: dict[str, Any], checksum: str | None) -> Calibr
             iterations=tensors.get("iterations"),
         )
     except (DfqError, OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise DfqError(f"{path} is damaged ({error})") from error
+        # Of a garbled header safetensors quotes all.
+        raise DfqError(f"{path} is damaged ({str(error)[:200]})") from error
 
 
 def _sum_of(tensors: dict[str, Tensor]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -15,6 +15,7 @@ from dfq.errors import UsageError
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _MAX_SIDE = 2**14
+_LARGEST = torch.finfo(torch.float32).max
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -33,9 +34,9 @@ class Preprocessing:
         sides = self.image_size
         if len(sides) != 2 or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in sides):
             raise UsageError(f"image_size must be two whole numbers from 1 to {_MAX_SIDE}, not {sides}")
-        if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
+        if len(self.mean) != 3 or not all(abs(value) <= _LARGEST for value in self.mean):
             raise UsageError(f"mean must be three finite numbers, not {self.mean}")
-        if len(self.std) != 3 or not all(0.0 < value < math.inf for value in self.std):
+        if len(self.std) != 3 or not all(0.0 < value <= _LARGEST for value in self.std):
             raise UsageError(f"std must be three positive numbers, not {self.std}")
         if not 0.0 < self.crop_pct <= 1.0:
             raise UsageError(f"crop_pct must lie above 0 and at most at 1, not {self.crop_pct}")

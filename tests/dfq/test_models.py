@@ -261,6 +261,8 @@ def test_preprocessing_can_be_replaced() -> None:
     [
         ({"std": (0.0, 1.0, 1.0)}, r"std must be three positive numbers, not \(0\.0, 1\.0, 1\.0\)"),
         ({"std": (1.0, 1.0)}, "std must be three positive numbers"),
+        ({"std": (10**400, 1.0, 1.0)}, "std must be three positive numbers"),
+        ({"mean": (0.5, -(10**400), 0.5)}, "mean must be three finite numbers"),
         ({"mean": (float("nan"), 0.0, 0.0)}, "mean must be three finite numbers"),
         ({"crop_pct": 0.0}, "crop_pct must lie above 0"),
         ({"crop_pct": 87.5}, "crop_pct must lie above 0 and at most at 1, not 87.5"),
