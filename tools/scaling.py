@@ -238,7 +238,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=10, help="of what processes share")
     parser.add_argument("--memory-model", default="deit_tiny_patch16_224")
     parser.add_argument("--images", nargs="+", type=int, default=[64, 256, 1024], help="of the memory")
-    parser.add_argument("--quantize-up-to", type=int, default=256, help="images of the memory; more take an hour")
+    parser.add_argument("--quantize-up-to", type=int, default=256, help="images of the memory")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=Path("runs/scaling.jsonl"))
     parser.add_argument("--markdown", action="store_true", help="print the tables of --results")
