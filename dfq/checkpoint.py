@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import quantizers
 from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
-from dfq.architectures import build_architecture
+from dfq.architectures import build_architecture, without_weights
 from dfq.errors import CheckpointError, DfqError
 from dfq.models import Origin, resolve_device
 from dfq.preprocessing import Preprocessing
@@ -218,8 +218,7 @@ def _check_size(origin: Origin, tensors: Mapping[str, Tensor]) -> None:
     blocks = [value for key, value in origin.arguments.items() if key.startswith("depth")]
     if any(count > len(tensors) for value in blocks for count in (value if isinstance(value, list) else [value])):
         raise ValueError(f"it asks for more blocks than there are weights ({blocks[0]})")
-    with torch.device("meta"):
-        network = build_architecture(origin.architecture, origin.arguments)
+    network = without_weights(origin.architecture, origin.arguments)
     wanted = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     # Of weights of 2 bits, 4 lie in a byte.
     if wanted > max(_SMALL, 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):

@@ -120,7 +120,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     import dfq
     from calibration import check_method
-    from calibration.files import FolderLock, take_folder
+    from calibration.files import FolderLock, remove_file, take_folder
     from calibration.team import team
     from dfq.checkpoint import claim_directory
     from dfq.generation import describe_run
@@ -174,7 +174,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             model, bits, calibration=images, recipe=recipe, resume=resume, progress=not arguments.quiet
         )
         dfq.save(quantized, arguments.out)
-    (arguments.out / UNFINISHED).unlink(missing_ok=True)
+    remove_file(arguments.out / UNFINISHED)
     print(
         f"{quantized.describe()}: {len(quantized.sites)} tensors quantized, "
         f"{quantized.weight_bytes / 1e6:.2f} MB ({model.weight_bytes / 1e6:.2f} MB in float32)"

@@ -27,7 +27,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accuracy_table import append, between_marks, machine, peak_memory, read_lines, shown
 from bench_inversion import Bench, Phase, contenders
@@ -36,6 +35,7 @@ import dfq
 from calibration.memory import activation_bytes
 from calibration.passes import resolve_precision
 from calibration.tokens import PatchGrid
+from dfq.architectures import without_weights
 
 GENERATE = "generate {model} --method smi -n 64 --batch-size 8 --iterations {iterations} --seed 0"
 EVALUATE = "evaluate reference --batch-size 16 --json {out}"
@@ -137,16 +137,17 @@ def peak(what: str, name: str, count: int) -> dict[str, Any]:
 
 def to_markdown(lines: list[dict[str, Any]]) -> str:
     """The tables of all parts."""
-    tables = [_speed_table(lines), _processes_table(lines), _memory_table(lines)]
+    tables = []
+    for part, table in (("speed", _speed_table), ("processes", _processes_table), ("memory", _memory_table)):
+        found = [line for line in lines if line["part"] == part]
+        if found:
+            tables.append(table(found))
     last = lines[-1]
     footer = f"{last['machine']}, one thread per process; torch {last['torch']}; seed 0."
-    return "\n\n".join([*(table for table in tables if table), footer])
+    return "\n\n".join([*tables, footer])
 
 
-def _speed_table(lines: list[dict[str, Any]]) -> str:
-    found = [line for line in lines if line["part"] == "speed"]
-    if not found:
-        return ""
+def _speed_table(found: list[dict[str, Any]]) -> str:
     # One rate, of the first model, all patches, foretells the others.
     first = found[0]["phases"][0]
     rate = first["flops"] / first["seconds"]
@@ -166,10 +167,7 @@ def _speed_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _processes_table(lines: list[dict[str, Any]]) -> str:
-    found = [line for line in lines if line["part"] == "processes"]
-    if not found:
-        return ""
+def _processes_table(found: list[dict[str, Any]]) -> str:
     rows = [
         "| model | processes | generating, s | SHA-256 of the set | evaluating, s | images, top-1, top-5 |",
         "|---" * 6 + "|",
@@ -185,10 +183,7 @@ def _processes_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _memory_table(lines: list[dict[str, Any]]) -> str:
-    found = [line for line in lines if line["part"] == "memory"]
-    if not found:
-        return ""
+def _memory_table(found: list[dict[str, Any]]) -> str:
     rows = [
         "| model | images | the images themselves, MB | peak of generating, MB | peak of quantizing, MB |",
         "|---" * 5 + "|",
@@ -203,12 +198,12 @@ def _memory_table(lines: list[dict[str, Any]]) -> str:
 
 def projection(name: str = "deit_base_patch16_224", images: int = 1_000_000, sustained: float = 100e12) -> str:
     """Arithmetic, no measurement: hours for so many images at so many FLOP/s per GPU."""
-    with torch.device("meta"):
-        vit: Any = timm.create_model(name)
+    vit: Any = without_weights(name)
     everything = vit.patch_embed.num_patches
     rows = ["| method | iterations | TFLOP per image | 1 GPU, h | 8 GPUs, h | 64 GPUs, h |", "|---" * 6 + "|"]
-    runs = [(c.name, c, 4000) for c in contenders(4) if c.name != "plain"]
-    runs += [("natural", next(c for c in contenders(4) if c.name == "dense"), 40)]
+    known = {contender.name: contender for contender in contenders(4)}
+    runs = [(method, known[method], 4000) for method in ("dense", "smi", "pri")]
+    runs.append(("natural", known["dense"], 40))
     for method, contender, iterations in runs:
         phases = contender.phases(everything, iterations)
         work = sum(flops(vit, phase.kept) * count for phase, count in phases.items()) / contender.images_per_canvas

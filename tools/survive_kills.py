@@ -23,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from hashlib import sha256
 from pathlib import Path
 
 from accuracy_table import append, machine
+
+from calibration.files import sha256_of
 
 QUANTIZE = "quantize reference --bits w4a4 --recipe accurate -n 32 --batch-size 4 --iterations 20"
 TIMED = ("log.jsonl", "curve.svg", "distillation.json")
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace, processes: int, out: Path) -> Run:
 def sums(folder: Path) -> dict[str, str]:
     """A checksum for each file; none for those that hold seconds."""
     return {
-        str(path.relative_to(folder)): "" if path.name in TIMED else sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): "" if path.name in TIMED else sha256_of(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from dfq import reference
-from dfq.architectures import REFERENCE, build_architecture, build_network, seeded
+from dfq.architectures import REFERENCE, build_network, seeded, without_weights
 from dfq.errors import UnsupportedModelError, UsageError
 from dfq.models import Model, Origin
 from dfq.weights import check_finite, load_into, read_weights
@@ -78,17 +78,21 @@ def load_student(
 
 def _size_arguments(name: str, size: tuple[int, int]) -> dict[str, Any]:
     """What tells a network of a fixed image size to take another one; nothing for one that takes any."""
-    with torch.device("meta"):
-        patches: Any = getattr(build_architecture(name, {}), "patch_embed", None)
+    patches: Any = getattr(without_weights(name), "patch_embed", None)
     own = getattr(patches, "img_size", None)
     return {} if own is None or tuple(own) == size else {"img_size": size}
 
 
+def classifiers_of(module: Any) -> tuple[nn.Module, ...]:
+    """What gives the logits: one layer, or the two of a distilled model."""
+    heads = module.get_classifier()
+    return heads if isinstance(heads, tuple) else (heads,)
+
+
 def _silence(module: Any) -> None:
     """A classifier that says the same of every image."""
-    heads = module.get_classifier()
     with torch.no_grad():
-        for head in heads if isinstance(heads, tuple) else (heads,):
+        for head in classifiers_of(module):
             for parameter in head.parameters():
                 parameter.zero_()
 

@@ -23,6 +23,7 @@ from dfq.ptq.engine import QuantizedModel
 from dfq.ptq.tuning import Tuned, tunable
 from dfq.recipe import Reconstruction
 from dfq.transfer.pool import Pool, View
+from dfq.transfer.student import classifiers_of
 
 Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["cosine", "constant"]
@@ -122,7 +123,7 @@ class Trainee:
     ) -> None:
         self.view, self.groups, self.kept = view, groups, kept
         self._tuned, self._classifier = tuned, classifier
-        self._features: list[Tensor] = []
+        self._features = torch.empty(0, 0 if classifier is None else classifier.in_features)
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def apply(self) -> None:
@@ -160,7 +161,7 @@ class Trainee:
         """(numbers of some of the chosen pictures, the student's logits for them), until all have been given."""
         if self._classifier is not None:
             self._look_at_what_is_new(pool, self._classifier)
-            yield chosen, self._classifier(self._features[0][chosen].to(self.view.network.device))
+            yield chosen, self._classifier(self._features[chosen].to(self.view.network.device))
             return
         for some, images, mask in pool.batches(chosen):
             yield some, self.view(images, mask)
@@ -176,10 +177,11 @@ class Trainee:
         team().follow([tensor for tensor in self.kept.values() if id(tensor) not in own])
 
     def _look_at_what_is_new(self, pool: Pool, classifier: nn.Linear) -> None:
-        known = len(self._features[0]) if self._features else 0
+        known = len(self._features)
         if known == len(pool):
             return
-        found = torch.zeros(len(pool), classifier.in_features)
+        new = torch.zeros(len(pool) - known, classifier.in_features)
+        self._features = torch.cat([self._features, new])
         entering: list[Tensor] = []
 
         def look(images: Tensor, mask: Tensor) -> Tensor:
@@ -188,8 +190,7 @@ class Trainee:
 
         used = torch.cat([pool.trained_on, pool.held_out])
         with _inputs_of(classifier, entering), torch.no_grad():
-            pool.fill(found, used[used >= known], look)
-        self._features = [torch.cat([*self._features, found[known:]])]
+            pool.fill(self._features, used[used >= known], look)
 
 
 class _Noted(Dataset[Any]):
@@ -288,9 +289,7 @@ def _chosen(network: Model, part: str) -> list[str]:
     if part == "full":
         return everything
     if part == "linear":
-        classifier = module.get_classifier()
-        heads = classifier if isinstance(classifier, tuple) else (classifier,)
-        own = {id(parameter) for head in heads for parameter in head.parameters()}
+        own = {id(parameter) for head in classifiers_of(module) for parameter in head.parameters()}
         return [name for name, parameter in module.named_parameters() if id(parameter) in own]
     match = _LAST.fullmatch(part)
     assert match is not None

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from calibration.files import sha256_of
 
 PROGRAM = """
 import os, sys
@@ -67,7 +68,7 @@ Done = tuple[Path, subprocess.CompletedProcess[str]]
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.*")}
+    return {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*.*")}
 
 
 def without_speed(path: Path) -> dict[str, Any]:
