@@ -83,6 +83,19 @@ class Sensitivity:
             ],
         }
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Sensitivity:
+        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            model=str(content["model"]),
+            bits=str(content["bits"]),
+            recipe=str(content["recipe"]),
+            num_images=int(content["num_images"]),
+            method=str(content["method"]),
+            sites=tuple(SiteCost(str(s["name"]), int(s["bits"]), _cost_of(s)) for s in content["sites"]),
+            together=_cost_of(content["together"]),
+        )
+
     def describe(self) -> str:
         """One line for people: what was measured on what."""
         return f"{self.model}  {self.bits}  recipe {self.recipe}  {self.num_images} images ({self.method})"
@@ -169,6 +182,11 @@ def cost_to_dict(cost: Cost) -> dict[str, float | None]:
     """JSON has no infinity: `sqnr_db` is None (null) where the logits are identical."""
     sqnr = cost.sqnr_db if math.isfinite(cost.sqnr_db) else None
     return {"kl": cost.kl, "sqnr_db": sqnr, "changed": cost.changed}
+
+
+def _cost_of(content: Mapping[str, Any]) -> Cost:
+    sqnr = content["sqnr_db"]
+    return Cost(float(content["kl"]), math.inf if sqnr is None else float(sqnr), float(content["changed"]))
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
