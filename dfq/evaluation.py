@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,19 @@ class Comparison:
     logit_sqnr_db: float
     """Power of the baseline's logits over that of the difference, in dB; infinite when the logits are identical."""
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Comparison:
+        """See `Evaluation.from_dict`."""
+        sqnr = content["logit_sqnr_db"]
+        return cls(
+            baseline_top1=float(content["baseline_top1"]),
+            drop=float(content["drop"]),
+            drop_ci95=_pair(content["drop_ci95"]),
+            agreement=float(content["agreement"]),
+            mcnemar_p=float(content["mcnemar_p"]),
+            logit_sqnr_db=math.inf if sqnr is None else float(sqnr),
+        )
+
 
 @dataclass(frozen=True)
 class ClassCounts:
@@ -55,6 +69,13 @@ class ClassCounts:
     right: int
     baseline_right: int | None
     agreeing: int | None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ClassCounts:
+        """See `Evaluation.from_dict`."""
+        compared = (content["baseline_right"], content["agreeing"])
+        right, same = (None if count is None else int(count) for count in compared)
+        return cls(int(content["label"]), int(content["num_images"]), int(content["right"]), right, same)
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,27 @@ class Evaluation:
             plain["classes"] = [vars(counts) for counts in self.classes]
             plain["changed"] = [list(entry) for entry in self.changed]
         return plain
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Evaluation:
+        """What `to_dict` gave, with classes or without. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            model=str(content["model"]),
+            bits=str(content["bits"]),
+            device=str(content["device"]),
+            runtime=str(content["runtime"]),
+            seed=None if content["seed"] is None else int(content["seed"]),
+            num_images=int(content["num_images"]),
+            top1=float(content["top1"]),
+            top1_ci95=_pair(content["top1_ci95"]),
+            top5=float(content["top5"]),
+            images_per_second=float(content["images_per_second"]),
+            weight_bytes=int(content["weight_bytes"]),
+            versions={str(name): str(number) for name, number in content["versions"].items()},
+            comparison=Comparison.from_dict(content) if "drop" in content else None,
+            classes=tuple(ClassCounts.from_dict(counts) for counts in content.get("classes", ())),
+            changed=tuple((int(a), int(b), int(n)) for a, b, n in content.get("changed", ())),
+        )
 
     def table(self) -> str:
         """The same for people: aligned plain text of a few lines, without a newline at the end."""
@@ -318,6 +360,11 @@ def _evenly_spaced(dataset: Dataset[Any], limit: int) -> Dataset[Any]:
         return dataset
     size = len(dataset)  # type: ignore[arg-type]  # torch declares no length, but every map-style dataset has one
     return Subset(dataset, [index * size // limit for index in range(limit)]) if limit < size else dataset
+
+
+def _pair(ends: Any) -> tuple[float, float]:
+    low, high = ends
+    return float(low), float(high)
 
 
 def _interval(ends: tuple[float, float]) -> str:

@@ -6,7 +6,7 @@ it prints; the rest is in the library.
 
 from __future__ import annotations
 
-from dfq.commands import bench, demo, distill, evaluate, export, generate, listing, quantize, sensitivity
+from dfq.commands import bench, demo, distill, evaluate, export, generate, listing, quantize, report, sensitivity
 from dfq.commands.command import Command
 
 __all__ = ["COMMANDS", "Command"]
@@ -18,6 +18,7 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.COMMAND,
     export.COMMAND,
     bench.COMMAND,
+    report.COMMAND,
     distill.COMMAND,
     listing.COMMAND,
     demo.COMMAND,

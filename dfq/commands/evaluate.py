@@ -34,12 +34,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import dfq
-    from calibration.files import write_json
     from calibration.team import team
     from dfq.architectures import REFERENCE
     from dfq.checkpoint import is_quantized_model
     from dfq.datasets import image_folder, reference_digits, timm_dataset
     from dfq.errors import DfqError, UsageError
+    from dfq.reporting.results import write_evaluation
     from dfq.runtime import is_onnx_file
 
     target = arguments.model
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(model.describe())
     print(result.table())
     if arguments.json is not None and team().leads:
-        write_json(arguments.json, result.to_dict())
+        write_evaluation(result, arguments.json, Path(target) if complete and not exported else None)
     if arguments.max_drop is not None and result.comparison is not None:
         drop = result.comparison.drop
         if drop > arguments.max_drop:

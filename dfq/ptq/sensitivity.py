@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def make_probe(
 
         calibration = generate(model, num_images=num_images)
     images = calibration if isinstance(calibration, CalibrationSet) else load_calibration_set(calibration)
-    return Probe(model, widths, chosen, _first(images, num_images), batch_size)
+    return Probe(model, widths, chosen, images.first(num_images), batch_size)
 
 
 def site_trials(probe: Probe) -> dict[str, Trial]:
@@ -201,11 +201,3 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _numbers(cost: Cost) -> tuple[str, str]:
     return f"{cost.kl:.2e}", f"{cost.sqnr_db:.1f}" if math.isfinite(cost.sqnr_db) else "identical"
-
-
-def _first(images: CalibrationSet, count: int) -> CalibrationSet:
-    """At most the first `count` images of a set."""
-    names = ("images", "mask", "labels", "confidence", "iterations")
-    parts: dict[str, Any] = {name: getattr(images, name) for name in names}
-    first: dict[str, Any] = {name: None if part is None else part[:count] for name, part in parts.items()}
-    return replace(images, **first)

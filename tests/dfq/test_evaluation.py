@@ -179,7 +179,9 @@ def test_classes_and_changed_answers_of_six_images_counted_by_hand() -> None:
     plain = result.to_dict(classes=True)
     assert plain["classes"][1] == {"label": 2, "num_images": 3, "right": 1, "baseline_right": 2, "agreeing": 0}
     assert plain["changed"] == [[2, 0, 2], [0, 1, 1], [1, 2, 1]]
+    assert Evaluation.from_dict(plain) == result
     alone = evaluate(model, Numbered(labels))
+    assert Evaluation.from_dict(alone.to_dict(classes=True)) == alone
     assert alone.classes[1] == ClassCounts(2, 3, 1, None, None)
     assert alone.changed == ()
 
@@ -194,6 +196,7 @@ def test_identical_models_lose_nothing_and_the_json_stays_valid() -> None:
     assert result.comparison.logit_sqnr_db == math.inf
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["logit_sqnr_db"] is None
+    assert Evaluation.from_dict(plain).comparison == result.comparison
     assert "identical" in result.table()
 
 
