@@ -11,10 +11,10 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,22 +100,41 @@ class CalibrationSet:
         first: dict[str, Any] = {name: None if part is None else part[:count] for name, part in parts.items()}
         return replace(self, **first)
 
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, batch_size: int, device: torch.device) -> Batches:
         """(images [B, 3, H, W] normalised, keep [B, K] or None where every patch counts), at most `batch_size` each.
 
         Patches outside the mask are 0, the mean colour. Images that keep different numbers of patches come in
         different batches, so that any mixture of them can be run.
         """
-        counts = self.mask.flatten(1).sum(1)
-        for count in sorted(set(counts.tolist())):
-            members = (counts == count).nonzero()[:, 0]
-            for chunk in members.split(batch_size):
-                images = normalise(self.images[chunk].to(device), self.mean, self.std)
-                mask = self.mask[chunk].to(device)
-                if count == self.grid.num_patches:
-                    yield images, None
-                else:
-                    yield images * self.grid.to_pixels(mask), keep_of_mask(mask)
+        return Batches(self, batch_size, device)
+
+
+class Batches(Sequence[tuple[Tensor, Tensor | None]]):
+    """The batches of a set, each made when it is asked for: normalised, they take four times the memory of the set."""
+
+    def __init__(self, images: CalibrationSet, batch_size: int, device: torch.device) -> None:
+        self._set = images
+        self._device = device
+        counts = images.mask.flatten(1).sum(1)
+        members = [(counts == count).nonzero()[:, 0] for count in sorted(set(counts.tolist()))]
+        self._chunks = [chunk for alike in members for chunk in alike.split(batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Tensor, Tensor | None]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor | None] | list[tuple[Tensor, Tensor | None]]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        whole, chunk = self._set, self._chunks[index]
+        images = normalise(whole.images[chunk].to(self._device), whole.mean, whole.std)
+        mask = whole.mask[chunk].to(self._device)
+        if bool(mask.all()):
+            return images, None
+        return images * whole.grid.to_pixels(mask), keep_of_mask(mask)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from dfq.ptq.products import search_stage
 from dfq.ptq.reconstruct import Reconstructor, exact_weights
 from dfq.ptq.rotate import rotate
 from dfq.ptq.sites import POSITION_EMBEDDING, PlannedSite, plan_sites
-from dfq.ptq.stages import Stage, stages
+from dfq.ptq.stages import stages
 from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
 from dfq.support import check_quantizable
 from quantizers import Quantizer, pack
@@ -119,13 +119,13 @@ def quantize(
     chain = stages(module)
     kept = None if resume is None else _resume_file(Path(resume))
     images = _calibration_images(model, calibration, chosen.num_images)
-    batches = [(pixels.cpu(), keep) for pixels, keep in images.batches(batch_size, model.device)]
+    batches = images.batches(batch_size, model.device)
 
     dampings = () if chosen.compensation is None else chosen.compensation.damping
     gradients: dict[str, list[Tensor]] = {}
     if any(part is not None and part.gradient > 0 for part in (chosen.compensation, chosen.reconstruction)):
         weighted = [p.site.owner for p in planned if p.site.is_weight]
-        gradients = token_gradients(module, weighted, batches, model.device)
+        gradients = token_gradients(module, weighted, batches)
     quantized = QuantizedModel(
         module=module,
         preprocessing=model.preprocessing,
@@ -139,10 +139,9 @@ def quantize(
     inputs: Sequence[Any] = batches
     bar = tqdm(total=len(chain), desc="calibrate", unit="stage", file=sys.stderr, disable=None if progress else True)
     with bar, torch.no_grad():
-        stem = _from_host(chain[0], model.device)
         reconstructor = None
         if chosen.reconstruction is not None:
-            reconstructor = Reconstructor(module, chosen.reconstruction, batches, stem, gradients)
+            reconstructor = Reconstructor(module, chosen.reconstruction, batches, chain[0].run, gradients)
         reached = None if kept is None else kept.take_up(quantized, model, images, batch_size)
         if reached is not None:
             done, inputs = reached.stages, reached.full
@@ -150,7 +149,7 @@ def quantize(
             if reconstructor is not None:
                 reconstructor.entering = reached.quantized
         for index, stage in list(enumerate(chain))[done:]:
-            run = stage.run if stage is not chain[0] else stem
+            run = stage.run
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(module, stage, sites, chosen, inputs, run)
             seen = observe(module, sites, chosen.compensation, inputs, run, gradients)
@@ -175,11 +174,6 @@ def _resume_file(path: Path) -> ResumeFile:
     from dfq.ptq.resume import ResumeFile  # What it keeps is a QuantizedModel.
 
     return ResumeFile(path)
-
-
-def _from_host(stem: Stage, device: torch.device) -> Callable[[Any], Tensor]:
-    """Images wait on the CPU until their batch is run."""
-    return lambda batch: stem.run((batch[0].to(device), batch[1]))
 
 
 def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer, list[PlannedSite]]:

@@ -18,7 +18,7 @@ _IMAGES_PER_PASS = 8
 
 
 def token_gradients(
-    network: nn.Module, layers: Iterable[str], batches: Sequence[tuple[Tensor, Tensor | None]], device: torch.device
+    network: nn.Module, layers: Iterable[str], batches: Sequence[tuple[Tensor, Tensor | None]]
 ) -> dict[str, list[Tensor]]:
     """Squared gradients at the outputs of layers, summed over channels: the Fisher diagonal by token, in expectation.
 
@@ -32,7 +32,7 @@ def token_gradients(
         parts: dict[str, list[Tensor]] = {path: [] for path in found}
         for start in range(0, len(images), _IMAGES_PER_PASS):
             part = slice(start, start + _IMAGES_PER_PASS)
-            value: Any = (images[part].to(device).requires_grad_(), None if keep is None else keep[part])
+            value: Any = (images[part].requires_grad_(), None if keep is None else keep[part])
             outputs: dict[str, Tensor] = {}
             handles = [
                 network.get_submodule(path).register_forward_hook(partial(_keep_output, outputs, path))

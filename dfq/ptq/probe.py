@@ -66,16 +66,16 @@ class Probe:
         check_calibration(model, images)
         self.model, self.bits, self.recipe, self.images = model.name, bits, recipe, images
         self._stages = stages(self.module)
-        self._batches = list(images.batches(batch_size, model.device))
+        self._batches = images.batches(batch_size, model.device)
         self._quantizers: dict[tuple[str, int], Quantizer] = {}
         moved: dict[str, PlannedSite] = {}
-        inputs: list[Any] = self._batches
+        inputs: Sequence[Any] = self._batches
         for stage in self._stages:
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(self.module, stage, sites, recipe, inputs, stage.run)
             moved |= {p.site.name: p for p in sites}
             inputs = [stage.run(batch) for batch in inputs]
-        self._reference = torch.cat(inputs)
+        self._reference = torch.cat(list(inputs))
         self.planned = [moved[p.site.name] for p in planned]
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Probe:
         The activations that enter a stage are computed once, and only what follows is run again for each trial there.
         """
         found: dict[Trial, Cost] = {}
-        inputs: list[Any] = self._batches
+        inputs: Sequence[Any] = self._batches
         with tqdm(
             total=len(trials), desc="sensitivity", unit="trial", file=sys.stderr, disable=None if progress else True
         ) as bar:
@@ -114,7 +114,7 @@ class Probe:
         weight: Tensor = self.module.get_submodule(layer).weight
         return weight
 
-    def _logits(self, following: Sequence[Stage], inputs: list[Any]) -> Tensor:
+    def _logits(self, following: Sequence[Stage], inputs: Sequence[Any]) -> Tensor:
         """inputs: of the first stage, batch by batch -> [M, C]."""
         logits = []
         for value in inputs:
@@ -123,7 +123,7 @@ class Probe:
             logits.append(value)
         return torch.cat(logits)
 
-    def _fit(self, stage: Stage, inputs: list[Any], trials: Sequence[Trial]) -> list[Tensor]:
+    def _fit(self, stage: Stage, inputs: Sequence[Any], trials: Sequence[Trial]) -> list[Tensor]:
         """Run one stage, and fit a quantizer for each site and width in `trials`; gives what comes out of the stage."""
         widths: dict[str, set[int]] = defaultdict(set)
         for name, bits in chain.from_iterable(trials):

@@ -85,7 +85,7 @@ def test_activations_have_the_scales_that_were_evaluated(exported: dfq.Export, q
 def test_any_batch_size_gives_the_logits_of_the_model(
     exported: dfq.Export, quantized: QuantizedModel, noise: CalibrationSet
 ) -> None:
-    x, _ = next(noise.batches(5, torch.device("cpu")))
+    x, _ = noise.batches(5, torch.device("cpu"))[0]
     torch.testing.assert_close(logits(exported.path, x), quantized(x), rtol=0.05, atol=0.05)
     torch.testing.assert_close(logits(exported.path, x[:1]), quantized(x[:1]), rtol=0.05, atol=0.05)
 
@@ -143,7 +143,7 @@ def test_other_grids_are_computed_and_named(reference: Model, noise: Calibration
     exported = dfq.export(quantized, tmp_path / "m.onnx")
     assert {"blocks.0.attn.q", "blocks.1.attn.k"} <= set(exported.elementary)
     assert "elementary operations" in exported.describe()
-    x, _ = next(noise.batches(4, torch.device("cpu")))
+    x, _ = noise.batches(4, torch.device("cpu"))[0]
     # At 5 bits one activation that is rounded the other way moves a logit by some hundredths.
     assert (logits(exported.path, x) - quantized(x)).norm() < 0.1 * quantized(x).norm()
 
@@ -155,13 +155,13 @@ def test_swin(tiny: Callable[..., Model], images_for: Callable[..., CalibrationS
     images = images_for(8, mask=torch.ones(8, 8, 8, dtype=torch.bool))
     quantized = dfq.quantize(model, "w8a8", calibration=images, recipe="deploy", progress=False)
     exported = dfq.export(quantized, tmp_path / "swin.onnx")
-    x, _ = next(images.batches(3, torch.device("cpu")))
+    x, _ = images.batches(3, torch.device("cpu"))[0]
     torch.testing.assert_close(logits(exported.path, x), quantized(x), rtol=0.05, atol=0.05)
 
 
 def test_full_precision_without_a_check(reference: Model, noise: CalibrationSet, tmp_path: Path) -> None:
     export_network(reference, tmp_path / "full.onnx")
-    x, _ = next(noise.batches(4, torch.device("cpu")))
+    x, _ = noise.batches(4, torch.device("cpu"))[0]
     torch.testing.assert_close(logits(tmp_path / "full.onnx", x), reference(x), rtol=1e-3, atol=1e-3)
 
 

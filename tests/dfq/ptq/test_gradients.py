@@ -25,7 +25,7 @@ def pictures(count: int) -> Tensor:
 def test_gradients_are_those_of_a_draw_from_the_prediction(tiny: Callable[..., Model]) -> None:
     model = tiny()
     network, images = adapt(model.module), pictures(3)
-    found = token_gradients(network, LAYERS, [(images, None)], torch.device("cpu"))
+    found = token_gradients(network, LAYERS, [(images, None)])
     # Linears of the network itself, asked one by one; 16 patches and the class token.
     shapes = {"patch_embed.proj": (3, 16), "blocks.0.attn.qkv": (3, 17), "blocks.1.mlp.fc2": (3, 17), "head": (3,)}
     for path, shape in shapes.items():
@@ -43,7 +43,7 @@ def test_gradients_are_those_of_a_draw_from_the_prediction(tiny: Callable[..., M
 
 def test_only_the_class_token_matters_behind_the_last_attention(tiny: Callable[..., Model]) -> None:
     network = adapt(tiny(global_pool="token").module)
-    (found,) = token_gradients(network, ["blocks.1.mlp.fc2"], [(pictures(2), None)], torch.device("cpu")).values()
+    (found,) = token_gradients(network, ["blocks.1.mlp.fc2"], [(pictures(2), None)]).values()
     assert bool((found[0][:, 0] > 0).all())
     assert not bool(found[0][:, 1:].any())
 
@@ -52,14 +52,14 @@ def test_batches_come_as_they_were_and_sparse_ones_with_their_tokens(tiny: Calla
     network = adapt(tiny().module)
     keep = torch.tensor([[0, 3, 5]] * 9)
     batches = [(pictures(10), None), (pictures(9), keep)]
-    (found,) = token_gradients(network, ["blocks.0.mlp.fc1"], batches, torch.device("cpu")).values()
+    (found,) = token_gradients(network, ["blocks.0.mlp.fc1"], batches).values()
     assert [tuple(each.shape) for each in found] == [(10, 17), (9, 4)]
 
 
 def test_swin_has_gradients_of_windows_and_merged_patches(tiny_swin: Callable[..., Model]) -> None:
     network = adapt(tiny_swin().module)
     paths = ["layers.0.blocks.1.attn.qkv", "layers.1.downsample.reduction"]
-    found = token_gradients(network, paths, [(pictures(2), None)], torch.device("cpu"))
+    found = token_gradients(network, paths, [(pictures(2), None)])
     assert found[paths[0]][0].shape == (8, 16)  # 2 images of 4 windows of 4x4
     assert found[paths[1]][0].numel() == 2 * 16
 

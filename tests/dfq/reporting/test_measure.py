@@ -24,7 +24,7 @@ def power_ratio_db(exact: torch.Tensor, found: torch.Tensor) -> float:
 def test_the_last_stage_is_the_logits(reference: Model, noise: CalibrationSet, w4a8: QuantizedModel) -> None:
     quantized = w4a8
     found = measure(quantized, noise, reference, batch_size=3, progress=False)
-    (images, _) = next(iter(noise.batches(8, reference.device)))
+    (images, _) = noise.batches(8, reference.device)[0]
     exact, rounded = reference(images), quantized(images)
     assert found.num_images == 8
     assert found.stages[-1].name == "head"
@@ -41,7 +41,7 @@ def test_a_layer_is_compared_with_the_same_layer_in_full_precision(
         for name in ("blocks.1.mlp.fc1", "blocks.1.attn.qkv"):
             layer = network.get_submodule(name)
             layer.register_forward_hook(lambda _m, _i, out, name=name: seen.setdefault(name, []).append(out))
-    (images, _) = next(iter(noise.batches(8, reference.device)))
+    (images, _) = noise.batches(8, reference.device)[0]
     reference(images), quantized(images)
     for network in (reference.module, quantized.module):
         for name in seen:
@@ -72,7 +72,7 @@ def test_rounding_of_a_site(reference: Model, noise: CalibrationSet) -> None:
     handle = quantized.module.get_submodule(name).register_forward_hook(
         lambda _m, inputs, out: passed.append((inputs[0], out))
     )
-    (images, _) = next(iter(noise.batches(8, reference.device)))
+    (images, _) = noise.batches(8, reference.device)[0]
     quantized(images)
     handle.remove()
     ((values, kept),) = passed
@@ -106,7 +106,7 @@ def test_images_of_another_normalisation_are_refused(
 
 def test_nothing_is_left_behind(reference: Model, noise: CalibrationSet, w4a8: QuantizedModel) -> None:
     quantized = w4a8
-    (images, _) = next(iter(noise.batches(8, reference.device)))
+    (images, _) = noise.batches(8, reference.device)[0]
     before = quantized(images)
     measure(quantized, noise, reference, progress=False)
     assert torch.equal(quantized(images), before)

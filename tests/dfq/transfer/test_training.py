@@ -64,7 +64,7 @@ def test_one_step_of_a_linear_student_by_hand(tiny: Callable[..., Model], images
     images = images_for(6)
     pool, before = pool_of(teacher, images), weights(student)
     module: Any = student.module
-    pixels, _ = next(images.batches(6, torch.device("cpu")))
+    pixels, _ = images.batches(6, torch.device("cpu"))[0]
     entering = module.forward_head(module.forward_features(pixels), pre_logits=True)
     error = (module(pixels) / 4).softmax(-1) - (teacher(pixels) / 4).softmax(-1)
     gradient = 4 * error.T @ entering / 6
