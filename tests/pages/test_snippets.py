@@ -19,8 +19,7 @@ from typing import Any, Never
 
 import pytest
 
-from dfq.cli import _COMMANDS, main
-from dfq.options import build_parser
+from dfq.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -166,7 +165,7 @@ def check(words: list[str]) -> None:
         assert extra is None or extra[1] in setup["options.extras_require"], words
     elif words[0] == "torchrun":
         assert words[words.index("-m") + 1] == "dfq", words
-        parse(lambda: build_parser(_COMMANDS).parse_args(), words[words.index("-m") + 2 :])
+        parse(lambda: main(sys.argv[1:]), words[words.index("-m") + 2 :])
     else:
         parse(lambda: runpy.run_path(str(ROOT / words[1]), run_name="__main__"), words[2:])
 
@@ -188,16 +187,19 @@ def parse(program: Callable[[], Any], words: list[str]) -> None:
         for word, following in zip(words, [*words[1:], ""], strict=True)
         if word != "..." and not (following == "..." and word.startswith("--"))
     ]
-    take = argparse.ArgumentParser.parse_args
+    take = argparse.ArgumentParser.parse_known_args
 
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> Never:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", take)  # for its commands
         for action in options(parser) if partly else ():
             action.required = False
-        take(parser, given)
+        _, unknown = take(parser, given)
+        if unknown:
+            parser.error(f"unknown: {unknown}")
         raise ParsedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         patch.setattr(sys, "argv", ["program", *given])
         # Where Python looks first when it runs one of them.
         patch.syspath_prepend(ROOT / "tools")
