@@ -28,9 +28,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Into build/site; a warning, such as a link that leads nowhere, is an error.
+# Into build/site; a warning, such as a link that leads nowhere, is an error (with --quiet it would not be).
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
