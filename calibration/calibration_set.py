@@ -12,7 +12,7 @@ import logging
 import math
 import reprlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,13 @@ class CalibrationSet:
     @property
     def is_sparse(self) -> bool:
         return not bool(self.mask.all())
+
+    def first(self, count: int) -> CalibrationSet:
+        """At most the first `count` images."""
+        names = ("images", "mask", "labels", "confidence", "iterations")
+        parts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        first: dict[str, Any] = {name: None if part is None else part[:count] for name, part in parts.items()}
+        return replace(self, **first)
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(images [B, 3, H, W] normalised, keep [B, K] or None where every patch counts), at most `batch_size` each.

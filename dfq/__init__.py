@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dfq.ptq.mixed_precision import MixedPrecision, mixed_precision
     from dfq.ptq.sensitivity import Sensitivity, sensitivity
     from dfq.recipe import Recipe, load_recipe
+    from dfq.reporting.page import report
     from dfq.runtime import RuntimeModel, integer_products, open_model
     from dfq.transfer.student import load_student
     from dfq.transfer.training import Training
@@ -67,6 +68,7 @@ _HOMES = {
     "open_model": "dfq.runtime",
     "quantize": "dfq.ptq.engine",
     "real_images": "dfq.generation",
+    "report": "dfq.reporting.page",
     "save": "dfq.checkpoint",
     "sensitivity": "dfq.ptq.sensitivity",
 }
@@ -102,6 +104,7 @@ __all__ = [
     "open_model",
     "quantize",
     "real_images",
+    "report",
     "save",
     "sensitivity",
 ]

@@ -111,7 +111,7 @@ def claim_directory(directory: Path | str, identity: dict[str, Any], *, overwrit
     if not _is_ours(folder / WEIGHTS):
         raise DfqError(f"{folder / WEIGHTS} is not a file that dfq made, and would be replaced; choose another --out")
     if is_quantized_model(folder):
-        config = _description(folder)
+        config = read_description(folder)
         wanted = json.loads(json.dumps(identity))
         if {key: config.get(key) for key in wanted} == wanted:
             return True
@@ -155,7 +155,7 @@ def save(qmodel: QuantizedModel, directory: Path | str) -> None:
     write_json(folder / CONFIG, timm_config(qmodel) | {QUANTIZATION: description})
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """What `description_of` said of the model that lies there. Raises DfqError where `config.json` cannot be read."""
     config = read_json(folder / CONFIG)
     # In version 1 it was the whole file.
@@ -174,7 +174,7 @@ def load(directory: Path | str, *, device: str | torch.device | None = None) -> 
             raise CheckpointError(f"{folder} is not a quantized model: it has no {name}")
     target = resolve_device(device)
     try:
-        config = _description(folder)
+        config = read_description(folder)
     except DfqError as error:
         raise CheckpointError(str(error)) from error
     if config.get("format") != FORMAT:

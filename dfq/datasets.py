@@ -155,6 +155,12 @@ def imagenet_class_names() -> tuple[str, ...]:
     return tuple(known.index_to_description(index).split(",")[0] for index in range(known.num_classes()))
 
 
+def class_captions(model: Labelled) -> tuple[str, ...] | None:
+    """What the classes of a model are called under a picture: in words where they are known, else by folder name."""
+    names = model.class_names
+    return imagenet_class_names() if names == imagenet_wordnet_ids() else names
+
+
 class _ToRgb:
     """The model's transform for pictures that may be gray: timm does not convert those of torchvision's datasets."""
 

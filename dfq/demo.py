@@ -12,10 +12,13 @@ from dfq.evaluation import Evaluation, evaluate
 from dfq.generation import generate
 from dfq.models import Model, load_model
 from dfq.ptq.engine import quantize
+from dfq.reporting.page import report
+from dfq.reporting.results import NAMES, write_evaluation
 
 BITS = ("w8a8", "w4a8", "w4a4")
 ITERATIONS = 400
 NUM_IMAGES = 64
+PAGE = "report.html"
 
 
 def demo(out: Path, *, progress: bool = True) -> str:
@@ -35,6 +38,8 @@ def demo(out: Path, *, progress: bool = True) -> str:
         quantized = quantize(model, bits, calibration=calibration, progress=progress)
         save(quantized, out / bits)
         results.append(evaluate(quantized, digits, baseline=model, progress=progress))
+        write_evaluation(results[-1], out / bits / NAMES["evaluation"], out / bits)
+    report([out / bits for bits in BITS], out / PAGE, calibration=out / "calibration", progress=progress)
     return "\n".join(
         [
             *_table(model, results),
@@ -74,5 +79,6 @@ def _where(out: Path) -> list[str]:
     return [
         f"{out / 'calibration' / 'preview.png'}   what the model sees in itself: the patches that survived",
         f"{out / 'calibration'}/   the calibration set",
+        f"{out / PAGE}   the three side by side",
         *(f"{out / bits}/   the {bits.upper()} model: model.safetensors, {CONFIG}" for bits in BITS),
     ]

@@ -9,44 +9,21 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from calibration.team import Team, team
-from dfq.datasets import Labelled, image_folder
+from dfq.datasets import image_folder
 from dfq.errors import DfqError, UsageError
 from dfq.models import PYTORCH, resolve_device
 from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
+from dfq.tally import Classifier, Counted, Tally, moved
 from dfq.versions import versions
-
-_TOP_K = 5
-
-
-class Classifier(Labelled, Protocol):
-    """What is used of a model: `Model`, `QuantizedModel` and `RuntimeModel` have it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def bits(self) -> str: ...
-    @property
-    def weight_bytes(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def runtime(self) -> str: ...
-    def to(self, device: torch.device, /) -> object: ...
-    def __call__(self, images: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +42,40 @@ class Comparison:
     """p of the exact two-sided McNemar test (see `mcnemar_p`)."""
     logit_sqnr_db: float
     """Power of the baseline's logits over that of the difference, in dB; infinite when the logits are identical."""
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Comparison:
+        """See `Evaluation.from_dict`."""
+        sqnr = content["logit_sqnr_db"]
+        return cls(
+            baseline_top1=float(content["baseline_top1"]),
+            drop=float(content["drop"]),
+            drop_ci95=_pair(content["drop_ci95"]),
+            agreement=float(content["agreement"]),
+            mcnemar_p=float(content["mcnemar_p"]),
+            logit_sqnr_db=math.inf if sqnr is None else float(sqnr),
+        )
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Images of one class: how many there are, and on how many of them which model was right.
+
+    baseline_right, agreeing (both gave the same answer, right or wrong): None where there was no baseline.
+    """
+
+    label: int
+    num_images: int
+    right: int
+    baseline_right: int | None
+    agreeing: int | None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ClassCounts:
+        """See `Evaluation.from_dict`."""
+        compared = (content["baseline_right"], content["agreeing"])
+        right, same = (None if count is None else int(count) for count in compared)
+        return cls(int(content["label"]), int(content["num_images"]), int(content["right"]), right, same)
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,16 @@ class Evaluation:
     weight_bytes: int
     versions: dict[str, str]
     comparison: Comparison | None = None
+    classes: tuple[ClassCounts, ...] = ()
+    """Those of which there were images, by label."""
+    changed: tuple[tuple[int, int, int], ...] = ()
+    """(the baseline's answer, the model's other one, on how many images), the most frequent first."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, classes: bool = False) -> dict[str, Any]:
         """The same as plain values for JSON, in one level; the fields of `comparison` only where there was a baseline.
 
-        JSON has no infinity: `logit_sqnr_db` is None (null) when the logits of both models are identical.
+        classes: also `classes` and `changed`, which may be long. JSON has no infinity: `logit_sqnr_db` is None (null)
+        when the logits of both models are identical.
         """
         plain: dict[str, Any] = {
             "model": self.model,
@@ -114,11 +130,36 @@ class Evaluation:
                 "mcnemar_p": against.mcnemar_p,
                 "logit_sqnr_db": against.logit_sqnr_db if math.isfinite(against.logit_sqnr_db) else None,
             }
-        return plain | {
+        plain |= {
             "images_per_second": self.images_per_second,
             "weight_bytes": self.weight_bytes,
             "versions": dict(self.versions),
         }
+        if classes:
+            plain["classes"] = [vars(counts) for counts in self.classes]
+            plain["changed"] = [list(entry) for entry in self.changed]
+        return plain
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Evaluation:
+        """What `to_dict` gave, with classes or without. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            model=str(content["model"]),
+            bits=str(content["bits"]),
+            device=str(content["device"]),
+            runtime=str(content["runtime"]),
+            seed=None if content["seed"] is None else int(content["seed"]),
+            num_images=int(content["num_images"]),
+            top1=float(content["top1"]),
+            top1_ci95=_pair(content["top1_ci95"]),
+            top5=float(content["top5"]),
+            images_per_second=float(content["images_per_second"]),
+            weight_bytes=int(content["weight_bytes"]),
+            versions={str(name): str(number) for name, number in content["versions"].items()},
+            comparison=Comparison.from_dict(content) if "drop" in content else None,
+            classes=tuple(ClassCounts.from_dict(counts) for counts in content.get("classes", ())),
+            changed=tuple((int(a), int(b), int(n)) for a, b, n in content.get("changed", ())),
+        )
 
     def table(self) -> str:
         """The same for people: aligned plain text of a few lines, without a newline at the end."""
@@ -205,10 +246,10 @@ def evaluate(
         generator=torch.Generator(),
     )
 
-    tally = _Tally(model, baseline)
+    tally = Tally(model, baseline)
     with (
-        _moved(model, where),
-        _moved(baseline, where),
+        moved(model, where),
+        moved(baseline, where),
         torch.inference_mode(),
         tqdm(loader, desc="evaluate", unit="batch", disable=None if progress and shared.leads else True) as batches,
     ):
@@ -223,96 +264,63 @@ def evaluate(
                 tally.add(images.to(where), labels)
             if left == 0:
                 break
-    return tally.result(where, seed, shared)
+    counted, images_per_second = tally.total(shared)
+    low, high = wilson_interval(counted.hits["right"], counted.num_images)
+    return Evaluation(
+        model=model.name,
+        bits=model.bits,
+        device=str(where),
+        runtime=model.runtime,
+        seed=seed,
+        num_images=counted.num_images,
+        top1=100 * counted.hits["right"] / counted.num_images,
+        top1_ci95=(100 * low, 100 * high),
+        top5=100 * counted.hits["right5"] / counted.num_images,
+        images_per_second=images_per_second,
+        weight_bytes=model.weight_bytes,
+        versions=versions(*(() if model.runtime == PYTORCH else (model.runtime,))),
+        comparison=None if baseline is None else _comparison(counted),
+        classes=_classes(counted, compared=baseline is not None),
+        changed=tuple(
+            (answer, other, count) for (answer, other), count in sorted(counted.changed.items(), key=_by_count)
+        ),
+    )
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """What was counted of one batch. Sums are of 64 bits, whatever the device."""
-
-    hits: dict[str, int]
-    signal: float
-    noise: float
-    num_images: int
-    seconds: float
+def _by_count(entry: tuple[tuple[int, int], int]) -> tuple[int, tuple[int, int]]:
+    """The most frequent first."""
+    answers, count = entry
+    return -count, answers
 
 
-class _Tally:
-    """Runs batches and counts."""
+def _comparison(counted: Counted) -> Comparison:
+    hits, num_images = counted.hits, counted.num_images
+    drop, (low, high) = paired_drop(hits["lost"], hits["gained"], num_images)
+    return Comparison(
+        baseline_top1=100 * hits["baseline_right"] / num_images,
+        drop=100 * drop,
+        drop_ci95=(100 * low, 100 * high),
+        agreement=100 * hits["agreeing"] / num_images,
+        mcnemar_p=mcnemar_p(hits["lost"], hits["gained"]),
+        logit_sqnr_db=sqnr_db(counted.signal, counted.noise),
+    )
 
-    def __init__(self, model: Classifier, baseline: Classifier | None) -> None:
-        self._model = model
-        self._baseline = baseline
-        self._batches: list[_Counted] = []
 
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        """images: `[B, 3, H, W]`, on the model's device; labels: `[B]`, on the CPU."""
-        model, baseline = self._model, self._baseline
-        _check_labels(labels, model)
-        logits, seconds = _timed_logits(model, images)
-        best = _best_classes(logits)
-        right = best[:, 0] == labels
-        hits = {"right": right, "right5": (best == labels[:, None]).any(1)}
-        signal = noise = 0.0
-        if baseline is not None:
-            reference, _ = _timed_logits(baseline, images)
-            predicted = _best_classes(reference)[:, 0]
-            baseline_right = predicted == labels
-            hits |= {
-                "baseline_right": baseline_right,
-                "lost": baseline_right & ~right,
-                "gained": right & ~baseline_right,
-                "agreeing": predicted == best[:, 0],
-            }
-            signal = float(reference.square().sum())
-            noise = float((reference - logits).square().sum())
-        counts = {name: int(which.sum()) for name, which in hits.items()}
-        self._batches.append(_Counted(counts, signal, noise, len(images), seconds))
+def _classes(counted: Counted, *, compared: bool) -> tuple[ClassCounts, ...]:
+    def of(label: int, what: str) -> int:
+        return counted.by_class[label, what]
 
-    def result(self, device: torch.device, seed: int | None, shared: Team) -> Evaluation:
-        found = shared.gather(self._batches)
-        # In the order of the dataset, so that sums round alike whoever shares them.
-        counted = [batch for turn in zip_longest(*found) for batch in turn if batch is not None]
-        num_images = sum(batch.num_images for batch in counted)
-        if num_images == 0:
-            raise DfqError("the dataset is empty; there must be images to evaluate on")
-        hits: Counter[str] = Counter()
-        for batch in counted:
-            hits.update(batch.hits)
-        low, high = wilson_interval(hits["right"], num_images)
-        return Evaluation(
-            model=self._model.name,
-            bits=self._model.bits,
-            device=str(device),
-            runtime=self._model.runtime,
-            seed=seed,
-            num_images=num_images,
-            top1=100 * hits["right"] / num_images,
-            top1_ci95=(100 * low, 100 * high),
-            top5=100 * hits["right5"] / num_images,
-            images_per_second=sum(map(_images_per_second, found)),
-            weight_bytes=self._model.weight_bytes,
-            versions=versions(*(() if self._model.runtime == PYTORCH else (self._model.runtime,))),
-            comparison=None if self._baseline is None else self._comparison(hits, counted, num_images),
+    labels = sorted({label for label, _ in counted.by_class})
+    return tuple(
+        ClassCounts(
+            label,
+            of(label, "all"),
+            of(label, "right"),
+            of(label, "baseline_right") if compared else None,
+            of(label, "agreeing") if compared else None,
         )
-
-    def _comparison(self, hits: Counter[str], counted: list[_Counted], num_images: int) -> Comparison:
-        lost, gained = hits["lost"], hits["gained"]
-        drop, (low, high) = paired_drop(lost, gained, num_images)
-        return Comparison(
-            baseline_top1=100 * hits["baseline_right"] / num_images,
-            drop=100 * drop,
-            drop_ci95=(100 * low, 100 * high),
-            agreement=100 * hits["agreeing"] / num_images,
-            mcnemar_p=mcnemar_p(lost, gained),
-            logit_sqnr_db=sqnr_db(sum(batch.signal for batch in counted), sum(batch.noise for batch in counted)),
-        )
-
-
-def _images_per_second(batches: list[_Counted]) -> float:
-    """Of one process. The first batch warms up and is left out, where there are more."""
-    timed = batches[1:] or batches
-    return sum(batch.num_images for batch in timed) / max(sum(batch.seconds for batch in timed), 1e-9)
+        for label in labels
+    )
 
 
 def _own_batches(dataset: Dataset[Any], batch_size: int, shared: Team) -> dict[str, Any]:
@@ -346,60 +354,6 @@ def _check_comparable(model: Classifier, baseline: Classifier) -> None:
         )
 
 
-def _check_labels(labels: Tensor, model: Classifier) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= model.num_classes:
-        raise DfqError(
-            f"the dataset has the label {low if low < 0 else high} and the classes of {model.name} are 0 to "
-            f"{model.num_classes - 1}; evaluate on images of the model's own classes"
-        )
-
-
-def _best_classes(logits: Tensor) -> Tensor:
-    """`[B, C]` -> `[B, 5]`, the best first. Found in one way for both models, or equal logits would be told apart."""
-    return logits.topk(min(_TOP_K, logits.shape[1]), dim=1).indices
-
-
-def _timed_logits(model: Classifier, images: Tensor) -> tuple[Tensor, float]:
-    """The checked logits `[B, C]`, float64 on the CPU, and the seconds the forward pass took."""
-    start = _clock(images.device)
-    try:
-        logits = model(images)
-    except torch.OutOfMemoryError:
-        raise DfqError(
-            f"{model.name} does not fit into the memory of {images.device} with {len(images)} images at once; "
-            "use a smaller batch size"
-        ) from None
-    seconds = _clock(images.device) - start
-    if logits.shape != (len(images), model.num_classes):
-        raise DfqError(
-            f"{model.name} gives an output of shape {tuple(logits.shape)} for {len(images)} images and "
-            f"{model.num_classes} classes; only classifiers, with one logit per image and class, can be evaluated"
-        )
-    if not bool(logits.isfinite().all()):
-        if not bool(images.isfinite().all()):
-            raise DfqError("the dataset holds images that are NaN or infinite; evaluate on images without such pixels")
-        raise DfqError(
-            f"{model.name} ({model.bits}) gives logits that are NaN or infinite; look for such values in its weights, "
-            "or quantize it to more bits"
-        )
-    return logits.cpu().double(), seconds
-
-
-@contextmanager
-def _moved(model: Classifier | None, device: torch.device) -> Iterator[None]:
-    """The model on this device for a while; then where it was."""
-    if model is None or model.device == device:
-        yield
-        return
-    before = model.device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
-
-
 def _evenly_spaced(dataset: Dataset[Any], limit: int) -> Dataset[Any]:
     """At most so many of its images. The first ones will not do: sorted by class, they are all of the first classes."""
     if isinstance(dataset, IterableDataset):
@@ -408,11 +362,9 @@ def _evenly_spaced(dataset: Dataset[Any], limit: int) -> Dataset[Any]:
     return Subset(dataset, [index * size // limit for index in range(limit)]) if limit < size else dataset
 
 
-def _clock(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _pair(ends: Any) -> tuple[float, float]:
+    low, high = ends
+    return float(low), float(high)
 
 
 def _interval(ends: tuple[float, float]) -> str:

@@ -20,7 +20,7 @@ from calibration.methods import DEFAULT_METHOD, METHODS, SCHEDULES
 from calibration.passes import Precision, resolve_precision
 from calibration.team import team
 from calibration.tokens import PatchGrid
-from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
+from dfq.datasets import class_captions
 from dfq.errors import UsageError
 from dfq.models import Model
 from dfq.support import check_invertible
@@ -200,7 +200,7 @@ def batches(
                 run=run,
                 folder=folder,
                 on_step=None if bar.disable else on_step,
-                class_names=_captions(model),
+                class_names=class_captions(model),
                 trace=trace,
                 team=shared,
                 at_once=at_once,
@@ -210,12 +210,6 @@ def batches(
             folder.release()
 
     return making()
-
-
-def _captions(model: Model) -> tuple[str, ...] | None:
-    """Names of the classes for people, where they are known."""
-    names = model.class_names
-    return imagenet_class_names() if names == imagenet_wordnet_ids() else names
 
 
 def real_images(model: Model, folder: Path | str, num_images: int = 32, *, seed: int = 0) -> CalibrationSet:

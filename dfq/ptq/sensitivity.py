@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,19 @@ class Sensitivity:
             ],
         }
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Sensitivity:
+        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            model=str(content["model"]),
+            bits=str(content["bits"]),
+            recipe=str(content["recipe"]),
+            num_images=int(content["num_images"]),
+            method=str(content["method"]),
+            sites=tuple(SiteCost(str(s["name"]), int(s["bits"]), _cost_of(s)) for s in content["sites"]),
+            together=_cost_of(content["together"]),
+        )
+
     def describe(self) -> str:
         """One line for people: what was measured on what."""
         return f"{self.model}  {self.bits}  recipe {self.recipe}  {self.num_images} images ({self.method})"
@@ -143,7 +156,7 @@ def make_probe(
 
         calibration = generate(model, num_images=num_images)
     images = calibration if isinstance(calibration, CalibrationSet) else load_calibration_set(calibration)
-    return Probe(model, widths, chosen, _first(images, num_images), batch_size)
+    return Probe(model, widths, chosen, images.first(num_images), batch_size)
 
 
 def site_trials(probe: Probe) -> dict[str, Trial]:
@@ -171,6 +184,11 @@ def cost_to_dict(cost: Cost) -> dict[str, float | None]:
     return {"kl": cost.kl, "sqnr_db": sqnr, "changed": cost.changed}
 
 
+def _cost_of(content: Mapping[str, Any]) -> Cost:
+    sqnr = content["sqnr_db"]
+    return Cost(float(content["kl"]), math.inf if sqnr is None else float(sqnr), float(content["changed"]))
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a table: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -183,11 +201,3 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _numbers(cost: Cost) -> tuple[str, str]:
     return f"{cost.kl:.2e}", f"{cost.sqnr_db:.1f}" if math.isfinite(cost.sqnr_db) else "identical"
-
-
-def _first(images: CalibrationSet, count: int) -> CalibrationSet:
-    """At most the first `count` images of a set."""
-    names = ("images", "mask", "labels", "confidence", "iterations")
-    parts: dict[str, Any] = {name: getattr(images, name) for name in names}
-    first: dict[str, Any] = {name: None if part is None else part[:count] for name, part in parts.items()}
-    return replace(images, **first)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 import dfq
 from dfq.errors import DfqError, UsageError
-from dfq.evaluation import Evaluation, evaluate
+from dfq.evaluation import ClassCounts, Evaluation, evaluate
 from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
 
 
@@ -169,6 +169,23 @@ def test_comparison_of_ten_images_counted_by_hand() -> None:
     assert against.logit_sqnr_db == pytest.approx(0.0, abs=1e-9)
 
 
+def test_classes_and_changed_answers_of_six_images_counted_by_hand() -> None:
+    labels = [0, 0, 0, 2, 2, 2]
+    baseline = fake(one_hot([0, 0, 1, 2, 2, 1], 4))
+    model = fake(one_hot([0, 1, 1, 0, 0, 2], 4), bits="w4a8")
+    result = evaluate(model, Numbered(labels), baseline=baseline, batch_size=4)
+    assert result.classes == (ClassCounts(0, 3, 1, 2, 2), ClassCounts(2, 3, 1, 2, 0))
+    assert result.changed == ((2, 0, 2), (0, 1, 1), (1, 2, 1))
+    plain = result.to_dict(classes=True)
+    assert plain["classes"][1] == {"label": 2, "num_images": 3, "right": 1, "baseline_right": 2, "agreeing": 0}
+    assert plain["changed"] == [[2, 0, 2], [0, 1, 1], [1, 2, 1]]
+    assert Evaluation.from_dict(plain) == result
+    alone = evaluate(model, Numbered(labels))
+    assert Evaluation.from_dict(alone.to_dict(classes=True)) == alone
+    assert alone.classes[1] == ClassCounts(2, 3, 1, None, None)
+    assert alone.changed == ()
+
+
 def test_identical_models_lose_nothing_and_the_json_stays_valid() -> None:
     rows = one_hot([0, 1, 2, 0], 3)
     result = evaluate(fake(rows), Numbered([0, 1, 2, 1]), baseline=fake(rows))
@@ -179,6 +196,7 @@ def test_identical_models_lose_nothing_and_the_json_stays_valid() -> None:
     assert result.comparison.logit_sqnr_db == math.inf
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["logit_sqnr_db"] is None
+    assert Evaluation.from_dict(plain).comparison == result.comparison
     assert "identical" in result.table()
 
 
@@ -217,7 +235,7 @@ def test_speed_counts_only_the_forward_passes_of_the_model(monkeypatch: pytest.M
             now[0] += 50.0
             return super().__getitem__(index)
 
-    monkeypatch.setattr("dfq.evaluation.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dfq.tally.time.perf_counter", lambda: now[0])
     rows = one_hot([0] * 5, 2)
     model = Fake(Slow(rows, [9.0, 0.5, 0.25]), 2)
     baseline = Fake(Slow(rows, [100.0] * 3), 2)

@@ -129,7 +129,7 @@ def test_there_are_snippets_of_all_kinds() -> None:
     every = [snippet for page in PAGES for snippet in snippets(page)]
     words = [words for snippet in every if snippet.language in SHELL for words in commands(snippet.text)]
     assert {words[1] for words in words if words[0] == "dfq"} >= {
-        *("generate", "quantize", "sensitivity", "evaluate", "export", "bench", "distill", "list")
+        *("generate", "quantize", "sensitivity", "evaluate", "export", "bench", "distill", "list", "report")
     }
     assert sum(snippet.language == "python" for snippet in every) >= 4
     # What nobody writes any more need not be excused.

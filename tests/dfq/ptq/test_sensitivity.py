@@ -220,6 +220,7 @@ def test_plain_values(found: Sensitivity) -> None:
     }
     assert plain["kl_sum"] == pytest.approx(np.sum([site["kl"] for site in plain["sites"]]))
     assert plain["together"]["kl"] == found.together.kl
+    assert Sensitivity.from_dict(plain) == found
 
 
 def test_the_table() -> None:
@@ -244,6 +245,7 @@ def test_the_table() -> None:
     ]
     assert "identical" in told.table()
     assert told.to_dict()["sites"][1]["sqnr_db"] is None
+    assert Sensitivity.from_dict(told.to_dict()) == told
 
 
 # --- what cannot be

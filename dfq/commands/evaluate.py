@@ -1,0 +1,121 @@
+"""`dfq evaluate`: accuracy, of a quantized model beside full precision."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfq.commands.command import GATE_FAILED, Command
+from dfq.commands.model_options import MODEL_CHANGES, add_model_options, model_of
+from dfq.commands.output_options import check_files
+from dfq.commands.values import RUNTIMES, finite, positive
+
+if TYPE_CHECKING:
+    from dfq.models import Model
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser, "a folder that `dfq quantize` made, an ONNX file that `dfq export` made, or a model")
+    parser.add_argument("--runtime", choices=RUNTIMES, help=f"what an ONNX file runs in, on the CPU ({RUNTIMES[0]})")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="one folder of images per class")
+    parser.add_argument("--dataset", metavar="NAME", help="a dataset as timm names it, such as torch/cifar10")
+    parser.add_argument("--split", default="validation", help="of --dataset (%(default)s)")
+    parser.add_argument("--baseline", action="store_true", help="measure full precision on the same images too")
+    parser.add_argument("--max-drop", type=finite, metavar="POINTS", help="exit with 3 if the drop is larger")
+    parser.add_argument(
+        "-b", "--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)"
+    )
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="loading processes (%(default)s)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most so many images, evenly spaced")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import dfq
+    from calibration.team import team
+    from dfq.architectures import REFERENCE
+    from dfq.checkpoint import is_quantized_model
+    from dfq.datasets import image_folder, reference_digits, timm_dataset
+    from dfq.errors import DfqError, UsageError
+    from dfq.reporting.results import write_evaluation
+    from dfq.runtime import is_onnx_file
+
+    target = arguments.model
+    baseline = None
+    model: Any
+    check_files(arguments, {"json": ""})
+    exported = is_onnx_file(target)
+    complete = exported or is_quantized_model(target)
+    if arguments.runtime is not None and not exported:
+        raise UsageError(f"--runtime is for an exported model, and {target} is no .onnx file")
+    if complete:
+        given = [name for name in MODEL_CHANGES if getattr(arguments, name) not in (None, False)]
+        if given:
+            kind = "an exported" if exported else "a quantized"
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{target} is {kind} model and keeps its own preprocessing; leave out {options}")
+        if exported:
+            model = dfq.open_model(target, arguments.runtime or RUNTIMES[0])
+        else:
+            model = dfq.load(target, device=arguments.device)
+        if arguments.baseline or arguments.max_drop is not None:
+            baseline = _baseline_of(model, arguments)
+    elif Path(target).is_dir():
+        raise DfqError(f"{target} is a folder, but not of a quantized model: it lacks config.json or model.safetensors")
+    else:
+        if arguments.baseline or arguments.max_drop is not None:
+            raise UsageError("--baseline and --max-drop compare a quantized model with its original")
+        model = model_of(arguments)
+
+    if arguments.dataset is not None:
+        data: Any = timm_dataset(arguments.dataset, arguments.data_dir, arguments.split, model)
+    elif arguments.data_dir is not None:
+        data = image_folder(arguments.data_dir, model)
+    elif model.origin.architecture == REFERENCE:
+        data = reference_digits(model)
+    else:
+        raise UsageError("give --data-dir FOLDER (one folder of images per class) or --dataset NAME")
+
+    result = dfq.evaluate(
+        model,
+        data,
+        baseline=baseline,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=arguments.device,
+        limit=arguments.limit,
+        seed=model.seed if exported else getattr(model, "calibration", {}).get("run", {}).get("seed"),
+        progress=not arguments.quiet,
+    )
+    if complete:
+        print(model.describe())
+    print(result.table())
+    if arguments.json is not None and team().leads:
+        write_evaluation(result, arguments.json, Path(target) if complete and not exported else None)
+    if arguments.max_drop is not None and result.comparison is not None:
+        drop = result.comparison.drop
+        if drop > arguments.max_drop:
+            print(f"dfq: the drop of {drop:.2f} points exceeds --max-drop {arguments.max_drop:g}", file=sys.stderr)
+            return GATE_FAILED
+    return 0
+
+
+def _baseline_of(quantized: Any, arguments: argparse.Namespace) -> Model:
+    """The full-precision model that `quantized` was made from, with its preprocessing."""
+    from dfq.models import load_original
+
+    return load_original(
+        quantized.origin, quantized.preprocessing, checkpoint=arguments.checkpoint, device=arguments.device
+    )
+
+
+COMMAND = Command(
+    "evaluate",
+    "measure the accuracy of a quantized model, an exported or a full-precision one",
+    "dfq evaluate vit-w4a8 --data-dir imagenet/val --baseline --max-drop 1",
+    options,
+    run,
+    shared=True,
+)

@@ -1,0 +1,47 @@
+"""Which model, with which weights and preprocessing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dfq.commands.values import positive, seed_number
+
+if TYPE_CHECKING:
+    from dfq.models import Model
+
+MODEL_CHANGES = ("random_weights", "image_size", "mean", "std", "interpolation", "crop_pct")
+
+
+def add_model_options(parser: argparse.ArgumentParser, what: str = "a model", *, name: str = "model") -> None:
+    parser.add_argument(
+        name, metavar=name.upper(), help=f"{what}: a timm name, hf-hub:USER/REPO, local-dir:FOLDER, or reference"
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: safetensors or a PyTorch state dict")
+    weights.add_argument("--random-weights", action="store_true", help="untrained, for trials and timing")
+    parser.add_argument("--image-size", type=positive, metavar="N", help="other than the model's own")
+    parser.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the normalisation, red green blue")
+    parser.add_argument("--std", type=float, nargs=3, metavar="X", help="of the normalisation")
+    parser.add_argument("--interpolation", help="of the resize")
+    parser.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image in the crop")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (CUDA where there is one)")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (%(default)s)")
+
+
+def model_of(arguments: argparse.Namespace) -> Model:
+    import dfq
+
+    return dfq.load_model(
+        arguments.model,
+        checkpoint=arguments.checkpoint,
+        random_weights=arguments.random_weights,
+        image_size=arguments.image_size,
+        mean=None if arguments.mean is None else tuple(arguments.mean),
+        std=None if arguments.std is None else tuple(arguments.std),
+        interpolation=arguments.interpolation,
+        crop_pct=arguments.crop_pct,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
