@@ -94,10 +94,12 @@ class Network:
 
     @property
     def name(self) -> str:
+        """As it was given to `load_model`."""
         return self.origin.name
 
     @property
     def num_classes(self) -> int:
+        """Number of logits."""
         return num_classes_of(self.module)
 
     @property
@@ -107,6 +109,7 @@ class Network:
 
     @property
     def device(self) -> torch.device:
+        """Where its weights are, and images have to be."""
         device: torch.device = next(self.module.parameters()).device
         return device
 
@@ -128,6 +131,7 @@ class Model(Network):
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all parameters as they are in memory."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
 

@@ -55,6 +55,7 @@ class QuantizedModel(Network):
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of `tensors`, as they are kept on disk."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
