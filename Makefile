@@ -5,7 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format notebook clean
 
 # One stamp for the environment: made again only when what it is made from changes.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Runs the tutorial and keeps what its cells give.
+notebook: $(VENV)/.installed
+	$(BIN)/python tools/refresh_notebook.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
