@@ -1,7 +1,7 @@
 """Makes the pictures of docs/concepts.md, and prints the numbers in them.
 
     python tools/concept_pictures.py --out runs/pictures
-    python tools/concept_pictures.py --model deit_tiny_patch16_224=deit_tiny.safetensors --crop-pct 0.9 --seed 31 \\
+    python tools/concept_pictures.py --model deit_tiny_patch16_224=deit_tiny.safetensors --seed 31 \\
         --iterations 200 --only inversion schedules grids sizes
     python tools/concept_pictures.py --model vit_tiny_patch16_224=vit_tiny.safetensors --only outlier
 
@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from concept_charts import Axis, Grid, grids_svg, outlier_svg, sizes_svg
@@ -55,8 +55,8 @@ def grids(model: dfq.Model, options: argparse.Namespace, out: Path) -> list[str]
     origin = f"{model.name}, block {block}, on {ACTIVATION_IMAGES} made images; {BITS} bits; seed {options.seed}"
     said = []
     for name, what, values, quantizers in (
-        ("softmax", "probabilities after softmax", probabilities, after_softmax()),
-        ("gelu", "activations after GELU", hidden, after_gelu()),
+        ("softmax", "probabilities after softmax", probabilities, candidates("magnitude")),
+        ("gelu", "activations after GELU", hidden, candidates("sign")),
     ):
         drawn = []
         for how, quantizer in quantizers.items():
@@ -77,33 +77,24 @@ def grids(model: dfq.Model, options: argparse.Namespace, out: Path) -> list[str]
     return said
 
 
-def after_softmax() -> dict[str, Quantizer]:
+def candidates(split: Literal["magnitude", "sign"]) -> dict[str, Quantizer]:
+    """Quantizers by name; split: `magnitude` for what comes after softmax, `sign` for what comes after GELU."""
     return {
         "uniform, min-max": UniformQuantizer(BITS, symmetric=False),
         "uniform, squared error": UniformQuantizer(BITS, symmetric=False, search=MSE()),
-        "twin-uniform": TwinUniformQuantizer(BITS, split="magnitude"),
-        "logarithmic": LogQuantizer(BITS, base="search"),
-    }
-
-
-def after_gelu() -> dict[str, Quantizer]:
-    return {
-        "uniform, min-max": UniformQuantizer(BITS, symmetric=False),
-        "uniform, squared error": UniformQuantizer(BITS, symmetric=False, search=MSE()),
-        "twin-uniform": TwinUniformQuantizer(BITS, split="sign"),
-        "logarithmic": LogQuantizer(BITS, base="search", shift=GELU_MINIMUM),
+        "twin-uniform": TwinUniformQuantizer(BITS, split=split),
+        "logarithmic": LogQuantizer(BITS, base="search", shift=GELU_MINIMUM if split == "sign" else 0.0),
     }
 
 
 def outlier(model: dfq.Model, options: argparse.Namespace, out: Path) -> list[str]:
     """The channel that is largest beside the others, and the levels it leaves them."""
     seen = [hidden for _, hidden in blockwise(model, options)]
-    ratios = [float(sizes.max() / sizes.median()) for sizes in (largest_of_channels(values) for values in seen)]
-    block = max(range(len(ratios)), key=ratios.__getitem__)
-    values = seen[block]
-    sizes = largest_of_channels(values)
-    channel = int(sizes.argmax())
-    others = torch.arange(len(sizes)) != channel
+    largest = [values.abs().amax(0) for values in seen]
+    block = max(range(len(seen)), key=lambda index: float(largest[index].max() / largest[index].median()))
+    values, of_channels = seen[block], largest[block]
+    channel = int(of_channels.argmax())
+    others = torch.arange(len(of_channels)) != channel
     together = UniformQuantizer(OUTLIER_BITS, symmetric=False).fit(values)
     apart = OutlierQuantizer(UniformQuantizer(OUTLIER_BITS, symmetric=False), torch.tensor([channel])).fit(values)
     points = levels(apart.main)
@@ -123,9 +114,8 @@ def outlier(model: dfq.Model, options: argparse.Namespace, out: Path) -> list[st
     ]
     heads = ("levels", "SQNR")
     title = "One channel stretches the range of all"
-    write(out / "outlier.svg", outlier_svg(title, lines, sizes.tolist(), channel, axis, heads, drawn))
-    largest, median = float(sizes[channel]), float(sizes.median())
-    said = f"outlier, {site}: channel {channel} has {largest:.2f}, the median channel {median:.2f}"
+    write(out / "outlier.svg", outlier_svg(title, lines, of_channels.tolist(), channel, axis, heads, drawn))
+    said = f"outlier, {site}: channel {channel} has {of_channels[channel]:.2f}, the median {of_channels.median():.2f}"
     return [said, *(f"outlier, {grid.name}: levels {grid.figures[0]}, SQNR {grid.figures[1]}" for grid in drawn)]
 
 
@@ -238,10 +228,6 @@ def histogram(values: Tensor, axis: Axis) -> list[int]:
     return torch.bincount(part, minlength=BARS).tolist()
 
 
-def largest_of_channels(values: Tensor) -> Tensor:
-    return values.abs().amax(0)
-
-
 def write(path: Path, text: str) -> None:
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -263,7 +249,7 @@ def main() -> None:
     options = parse_arguments()
     name, _, checkpoint = options.model.partition("=")
     try:
-        model = dfq.load_model(name, checkpoint=checkpoint or None, device="cpu", crop_pct=options.crop_pct)
+        model = dfq.load_model(name, checkpoint=checkpoint or None, device="cpu")
         options.out.mkdir(parents=True, exist_ok=True)
         for picture in options.only:
             print("\n".join(PICTURES[picture](model, options, options.out)), flush=True)
@@ -274,7 +260,6 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="reference", metavar="NAME[=CHECKPOINT]", help="(%(default)s)")
-    parser.add_argument("--crop-pct", type=float, metavar="X", help="of the model's preprocessing")
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), help="some of the pictures")
     parser.add_argument("--iterations", type=int, default=400, metavar="N", help="from noise (%(default)s)")
     parser.add_argument("--block", type=int, metavar="N", help="whose activations are drawn (one in the middle)")

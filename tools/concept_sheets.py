@@ -28,23 +28,26 @@ from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
 
 # Pixels of a tile's side, about: of a sheet with few tiles, and of one with many; and colours of a sheet. Noise is what
 # no compression makes small.
-LARGE, SMALL, COLOURS = 144, 112, 32
+LARGE, SMALL, COLOURS = 144, 112, 24
 
 
 @dataclass
 class TraceAt(Trace):
-    """Snapshots at the iterations `wanted`, those that `Trace` takes where there are none."""
+    """Snapshots at the iterations `wanted`."""
 
     wanted: tuple[int, ...] = ()
 
     def moments(self, iterations: int, decisions: Sequence[int] = ()) -> tuple[int, ...]:  # type: ignore[override]
-        return self.wanted or Trace.moments(iterations, decisions)
+        return self.wanted
 
 
 def traced(
-    model: dfq.Model, method: str, count: int, iterations: int | None, seed: int, wanted: tuple[int, ...] = ()
+    model: dfq.Model, method: str, count: int, iterations: int | None, seed: int, wanted: tuple[int, ...]
 ) -> tuple[Trace, CalibrationSet]:
-    """`count` images of a method, in one batch, and snapshots of them; iterations: None to stop when it is enough."""
+    """`count` images of a method, in one batch, and snapshots of them.
+
+    iterations: None to stop when it is enough; wanted: when to take a snapshot, besides that of the end.
+    """
     mean, std = model.preprocessing.mean, model.preprocessing.std
     trace = TraceAt(PatchGrid.of(model.module), mean, std, wanted)
     plan = Plan(method, count, iterations, count, seed, "fp32")
@@ -57,18 +60,17 @@ def inversion_sheet(model: dfq.Model, iterations: int, seed: int, path: Path, co
     The first has the wanted class under it, the others the iteration, each with what the model gives the class then.
     Gives the same as text.
     """
-    runs = {"dense": iterations, "natural": None}
     wanted = (0, *(digit * 10**power for power in range(6) for digit in (1, 2, 5)))
-    sheet: Sheet | None = None
+    lengths = {"dense": iterations, "natural": None}
+    runs = {method: traced(model, method, 1, exactly, seed, wanted) for method, exactly in lengths.items()}
+    height, width = shrunk(runs["dense"][0].snapshots[0][1], LARGE).shape[-2:]
+    sheet = Sheet(len(runs), columns + 1, (height, width), captions=True)
     said = []
-    for row, (method, exactly) in enumerate(runs.items()):
-        trace, made = traced(model, method, 1, exactly, seed, wanted)
+    for row, (method, (trace, made)) in enumerate(runs.items()):
         label = _label(made, 0)
         name = name_of(model, label)
         chosen = _spread(trace.snapshots, columns)
         tiles = [shrunk(pixels, LARGE)[0] for _, pixels, _ in chosen]
-        if sheet is None:
-            sheet = Sheet(len(runs), columns + 1, (tiles[0].shape[-2], tiles[0].shape[-1]), captions=True)
         for column, (tile, (iteration, pixels, _)) in enumerate(zip(tiles, chosen, strict=True)):
             share = confidence(model, pixels, label)
             sheet.paste(row, column, tile)
@@ -77,7 +79,6 @@ def inversion_sheet(model: dfq.Model, iterations: int, seed: int, path: Path, co
         difference, factor = amplified(tiles[0], tiles[-1])
         sheet.paste(row, columns, difference)
         sheet.caption(row, columns, f"change x {factor:.1f}")
-    assert sheet is not None
     _save(sheet, path)
     return said
 
@@ -103,7 +104,7 @@ def schedule_sheet(model: dfq.Model, iterations: int, seed: int, path: Path, cla
             for image in range(classes):
                 row, kept = 2 * image + place, int(mask[image].sum())
                 sheet.paste(row, column, tiles[image])
-                name, share = name_of(model, _label(made, image)), confidence_at_end(made, image)
+                name, share = name_of(model, _label(made, image)), _confidence_at_end(made, image)
                 if column == 0:
                     sheet.caption(row, column, name, f", {method}")
                 else:
@@ -149,9 +150,8 @@ def shrunk(images: Tensor, side: int) -> Tensor:
         zoom = side // height
         return images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
     size = (side, round(side * images.shape[-1] / height))
-    return torch.nn.functional.interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(
-        0, 255
-    ).to(torch.uint8)  # fmt: skip
+    shown = torch.nn.functional.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    return shown.round().clamp(0, 255).to(torch.uint8)
 
 
 def in_words(flops: float) -> str:
@@ -178,7 +178,7 @@ def _label(made: CalibrationSet, image: int) -> int:
     return int(made.labels[image])
 
 
-def confidence_at_end(made: CalibrationSet, image: int) -> float:
+def _confidence_at_end(made: CalibrationSet, image: int) -> float:
     assert made.confidence is not None
     return float(made.confidence[image])
 
