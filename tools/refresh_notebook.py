@@ -35,7 +35,7 @@ def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
     for cell in copy.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    # The kernel's history, settings and sockets would otherwise be those in the user's home.
+    # Kernel, history, settings and sockets would otherwise be those in the user's home.
     with tempfile.TemporaryDirectory() as private:
         client = NotebookClient(
             copy,
@@ -46,7 +46,8 @@ def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
             # Not TCP, which other users of the machine could listen to.
             config=Config(KernelManager={"transport": "ipc", "ip": f"{private}/kernel"}),
         )
-        homes = dict.fromkeys(("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"), private)
+        places = ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
+        homes = dict.fromkeys(places, private)
         # What libraries say where there are no widgets for their progress bars.
         quiet = {"PYTHONWARNINGS": "ignore:IProgress not found"}
         with environment(homes | quiet):
