@@ -5,8 +5,8 @@
         --iterations 200 --only inversion schedules grids sizes
     python tools/concept_pictures.py --model vit_tiny_patch16_224=vit_tiny.safetensors --only outlier
 
-The first draws all of them from the model that comes with dfq, in seconds; the others are the pictures of the page, in
-a few minutes on one core. Nothing but the model enters them. What each shows:
+The first draws all of them from the model that comes with dfq, in half a minute; the others are the pictures of the
+page, in a few minutes on one core. Nothing but the model enters them. What each shows:
 
 - inversion: one image from noise and one from dead leaves, on its way to a class.
 - schedules: the same classes by dense and by sparse inversion, with patches and FLOPs.
