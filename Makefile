@@ -5,7 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs notebook clean
 
 # One stamp for the environment: made again only when what it is made from changes.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ format: $(VENV)/.installed
 # Into build/site; a warning, such as a link that leads nowhere, is an error (with --quiet it would not be).
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Runs the tutorial and keeps what its cells give.
+notebook: $(VENV)/.installed
+	$(BIN)/python tools/refresh_notebook.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
