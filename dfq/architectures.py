@@ -97,9 +97,11 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 def supported_names(filter: str = "") -> list[str]:
     """timm names of the families that can be inverted, those that match `filter` (`vit_*`) where it is given.
 
-    Single models of a family may still be refused: `describe_support` has the reason.
+    A filter without wildcards is looked for anywhere in the name. Single models of a family may still be refused:
+    `describe_support` has the reason.
     """
-    return sorted(name for family in _FAMILIES for name in timm.list_models(filter, module=family))
+    pattern = filter if any(letter in filter for letter in "*?[") else f"*{filter}*"
+    return sorted(name for family in _FAMILIES for name in timm.list_models(pattern, module=family))
 
 
 def check_known(name: str) -> None:

@@ -29,3 +29,5 @@ def test_the_list_of_models() -> None:
     assert "resnet18" not in names
     assert names == sorted(names)
     assert supported_names("deit3_small_*") == ["deit3_small_patch16_224", "deit3_small_patch16_384"]
+    assert supported_names("deit3_small") == supported_names("deit3_small_*")
+    assert supported_names("small_patch16_384") == sorted(supported_names("*_small_patch16_384"))
