@@ -6,7 +6,7 @@ it prints; the rest is in the library.
 
 from __future__ import annotations
 
-from dfq.commands import bench, demo, distill, evaluate, export, generate, listing, quantize, sensitivity
+from dfq.commands import bench, completion, demo, distill, evaluate, export, generate, listing, quantize, sensitivity
 from dfq.commands.command import Command
 
 __all__ = ["COMMANDS", "Command"]
@@ -21,4 +21,5 @@ COMMANDS: tuple[Command, ...] = (
     distill.COMMAND,
     listing.COMMAND,
     demo.COMMAND,
+    completion.COMMAND,
 )
