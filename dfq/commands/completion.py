@@ -18,7 +18,12 @@ _SHELLS = {
 
 def options(parser: argparse.ArgumentParser) -> None:
     places = "; ".join(f"{shell}: {place}" for shell, place in _SHELLS.items())
-    parser.add_argument("shell", choices=tuple(_SHELLS), metavar="SHELL", help=f"bash, zsh or fish; it reads {places}")
+    parser.add_argument(
+        "shell",
+        choices=tuple(_SHELLS),
+        metavar="SHELL",
+        help=f"bash, zsh or fish; put the script where it looks: {places}",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

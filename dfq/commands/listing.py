@@ -10,7 +10,9 @@ from dfq.commands.command import Command
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("models", "methods", "recipes"), help="what to list")
+    parser.add_argument(
+        "what", choices=("models", "methods", "recipes"), metavar="WHAT", help="models, methods or recipes"
+    )
     parser.add_argument(
         "filter",
         nargs="?",
