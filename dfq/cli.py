@@ -108,11 +108,14 @@ def _explain(error: Exception) -> int:
 @contextmanager
 def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
     """While it is open, dfq's log lines go to stderr, and what other libraries say to their developers goes nowhere."""
-    own, root = logging.getLogger("dfq"), logging.getLogger()
-    level = own.level
+    own, root, hub = logging.getLogger("dfq"), logging.getLogger(), logging.getLogger("huggingface_hub")
+    level, hub_level = own.level, hub.level
     lines, nowhere = logging.StreamHandler(sys.stderr), logging.NullHandler()
     own.setLevel(logging.WARNING if quiet else logging.INFO)
     own.addHandler(lines)
+    if not debug:
+        # It prints every attempt that fails, and the last of them is told anyway.
+        hub.setLevel(logging.ERROR)
     # Without any handler Python would print the warnings of timm and others.
     root.addHandler(nowhere)
     try:
@@ -124,3 +127,4 @@ def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
         own.removeHandler(lines)
         root.removeHandler(nowhere)
         own.setLevel(level)
+        hub.setLevel(hub_level)

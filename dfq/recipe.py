@@ -277,6 +277,8 @@ def load_recipe(name: str | Path) -> Recipe:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+    except FileNotFoundError as error:
+        raise RecipeError(f"cannot read the recipe {path}: there is no such file") from error
     # ValueError: not UTF-8, or an integer of more digits than Python reads.
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
