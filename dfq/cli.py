@@ -18,6 +18,7 @@ from pathlib import Path
 from dfq import __version__
 from dfq.commands import COMMANDS, Command
 from dfq.commands.parser import Parser
+from dfq.progress import LineHandler
 
 WRONG_USAGE = 2
 INTERRUPTED = 130
@@ -110,7 +111,7 @@ def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
     """While it is open, dfq's log lines go to stderr, and what other libraries say to their developers goes nowhere."""
     own, root, hub = logging.getLogger("dfq"), logging.getLogger(), logging.getLogger("huggingface_hub")
     level, hub_level = own.level, hub.level
-    lines, nowhere = logging.StreamHandler(sys.stderr), logging.NullHandler()
+    lines, nowhere = LineHandler(), logging.NullHandler()
     own.setLevel(logging.WARNING if quiet else logging.INFO)
     own.addHandler(lines)
     if not debug:

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
-from tqdm import tqdm
 
 from calibration.team import Team, team
 from dfq.datasets import Labelled, image_folder
 from dfq.errors import DfqError, UsageError
 from dfq.models import PYTORCH, resolve_device
+from dfq.progress import progress_bar
 from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
 from dfq.versions import versions
 
@@ -210,20 +210,29 @@ def evaluate(
         _moved(model, where),
         _moved(baseline, where),
         torch.inference_mode(),
-        tqdm(loader, desc="evaluate", unit="batch", disable=None if progress and shared.leads else True) as batches,
+        progress_bar(_length(loader), "evaluate", "batch", shown=progress and shared.leads) as bar,
     ):
         left = limit
         in_order = isinstance(dataset, IterableDataset)
-        for index, (images, labels) in enumerate(batches):
+        for index, (images, labels) in enumerate(loader):
             if left is not None and in_order:
                 images, labels = images[:left], labels[:left]
                 left -= len(images)
             # What can only be read in order is read by all.
             if not in_order or index % shared.size == shared.rank:
                 tally.add(images.to(where), labels)
+            bar.update()
             if left == 0:
                 break
     return tally.result(where, seed, shared)
+
+
+def _length(loader: DataLoader[Any]) -> int | None:
+    try:
+        return len(loader)
+    # Of images that are read one after another.
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
