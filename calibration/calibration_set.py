@@ -279,7 +279,11 @@ def load_calibration_set(path: Path | str) -> CalibrationSet:
     folder = Path(path)
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
-        raise DfqError(f"{folder} is not a calibration set: it has no {MANIFEST}")
+        wrong = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+        raise DfqError(
+            f"{folder} is not a calibration set: {wrong}; `dfq generate` makes one, and a folder of pictures is "
+            "given as --calibration-images"
+        )
     manifest = read_json(manifest_path)
     if manifest.get("format") != FORMAT:
         raise DfqError(f"{manifest_path} does not describe a calibration set (format {manifest.get('format')!r})")

@@ -11,7 +11,7 @@ from torch import nn
 from calibration import inversion
 from calibration.attention import capture
 from calibration.augment import RollAndFlip
-from calibration.errors import DfqError
+from calibration.errors import DfqError, did_you_mean
 from calibration.initial import INITIAL
 from calibration.inversion import Settings
 from calibration.objectives import Objective
@@ -104,7 +104,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:
-            raise DfqError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
+            raise DfqError(
+                f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}: choose from {', '.join(METHODS)}"
+            )
         counts = {"num_images": self.num_images, "iterations": self.iterations, "batch_size": self.batch_size}
         for name, count in counts.items():
             if count is not None and count < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from calibration.files import read_json
 from dfq import reference
 from dfq.errors import DfqError
+
+log = logging.getLogger("dfq")
 
 REFERENCE = "reference"
 _LOCAL_DIR = "local-dir:"
@@ -82,6 +85,8 @@ def build_network(
     head = None if state is None else state.get(_head_weight(architecture))
     if head is not None and head.dim() == 2:
         arguments = arguments | {"num_classes": head.shape[0]}
+    if pretrained and not name.startswith(_LOCAL_DIR):
+        log.info("%s: pretrained weights from the hub, or from its cache", name)
     module = seeded(lambda: _create(name, pretrained, arguments), seed)
     check(name, module)
     return module, architecture, arguments | {"num_classes": num_classes_of(module)}
@@ -97,9 +102,11 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 def supported_names(filter: str = "") -> list[str]:
     """timm names of the families that can be inverted, those that match `filter` (`vit_*`) where it is given.
 
-    Single models of a family may still be refused: `describe_support` has the reason.
+    A filter without wildcards is looked for anywhere in the name. Single models of a family may still be refused:
+    `describe_support` has the reason.
     """
-    return sorted(name for family in _FAMILIES for name in timm.list_models(filter, module=family))
+    pattern = filter if any(letter in filter for letter in "*?[") else f"*{filter}*"
+    return sorted(name for family in _FAMILIES for name in timm.list_models(pattern, module=family))
 
 
 def check_known(name: str) -> None:
@@ -109,11 +116,26 @@ def check_known(name: str) -> None:
         if name != base and name not in tags:
             raise DfqError(f"timm knows {base}, but not with the weights {name!r}; it has {', '.join(tags) or 'none'}")
         return
+    if Path(name).is_dir():
+        raise DfqError(
+            f"{name} is a folder; one that holds a model in full precision, as on a hub, is given as {_LOCAL_DIR}{name}"
+        )
+    if Path(name).is_file():
+        raise DfqError(f"{name} is a file; name the architecture that it holds weights of, and give it as --checkpoint")
+    near = _near_names(base)
+    hint = f"; did you mean {', '.join(near)}?" if near else ", and nothing here has it; `dfq list models` shows some"
+    raise DfqError(f"timm knows no model {name!r}{hint}")
+
+
+def _near_names(base: str) -> list[str]:
+    # As timm writes them; some say vit-tiny, or ViT_Tiny, or put whose it is in front.
+    wanted = base.rpartition("/")[2].lower().replace("-", "_")
     # Vision Transformers first: of two names as near, that is the one meant here.
-    near = difflib.get_close_matches(base, [REFERENCE, *timm.list_models(["vit_*", "deit*"])], n=3)
-    near = near or difflib.get_close_matches(base, timm.list_models(), n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else "`dfq list models` shows the names"
-    raise DfqError(f"timm knows no model {name!r}; {hint}")
+    first = [REFERENCE, *timm.list_models(["vit_*", "deit*"])]
+    begun = [name for name in first if len(wanted) > 3 and name.startswith(wanted)][:3]
+    return (
+        begun or difflib.get_close_matches(wanted, first, n=3) or difflib.get_close_matches(wanted, timm.list_models())
+    )
 
 
 def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:

@@ -9,7 +9,6 @@ original weights are needed.
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dfq.architectures import build_architecture
 from dfq.checkpoint import load
@@ -30,6 +28,7 @@ from dfq.machine import Machine, this_machine
 from dfq.models import PYTORCH, Model, Origin
 from dfq.onnx_export import export_network
 from dfq.preprocessing import Preprocessing
+from dfq.progress import progress_bar
 from dfq.ptq.engine import QuantizedModel
 from dfq.runtime import RUNTIMES, Array, Products, RuntimeModel, is_onnx_file, missing_packages, open_model
 from dfq.versions import versions
@@ -281,10 +280,10 @@ def bench(
             for contender in contenders:  # Kernels are chosen, and memory is laid out, for a new shape.
                 contender.run(images)
         turns = [(contender, images) for images in batches for contender in contenders] * repeats
-        for contender, images in tqdm(
-            turns, desc="bench", unit="turn", file=sys.stderr, disable=None if progress else True
-        ):
-            contender.turn(images, seconds)
+        with progress_bar(len(turns), "bench", "turn", shown=progress) as bar:
+            for contender, images in turns:
+                contender.turn(images, seconds)
+                bar.update()
         return Bench(
             model=first.name,
             bits=first.bits,

@@ -171,7 +171,8 @@ def load(directory: Path | str, *, device: str | torch.device | None = None) -> 
     folder = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a quantized model: it has no {name}")
+            wrong = f"it has no {name}" if folder.is_dir() else "there is no such folder"
+            raise CheckpointError(f"{folder} is not a quantized model: {wrong}; `dfq quantize` makes one")
     target = resolve_device(device)
     try:
         config = read_description(folder)

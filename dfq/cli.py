@@ -17,7 +17,10 @@ from pathlib import Path
 
 from dfq import __version__
 from dfq.commands import COMMANDS, Command
+from dfq.commands.parser import Parser
+from dfq.progress import LineHandler
 
+WRONG_USAGE = 2
 INTERRUPTED = 130
 
 
@@ -28,7 +31,11 @@ def run() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return WRONG_USAGE
+    arguments = parser.parse_args(argv)
     command: Command = arguments.command
     try:
         with _reporting(quiet=arguments.quiet, debug=arguments.debug):
@@ -49,16 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of `dfq` and its commands; what it gives has the chosen Command as `command`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dfq",
+        usage="dfq COMMAND ...",
         description="Data-free quantization of Vision Transformers: from a pretrained timm ViT and not one real image "
         "to a low-bit model, measured beside full precision.",
         epilog="Try `dfq demo` first. `dfq COMMAND --help` tells more, with an example.",
     )
     parser.add_argument("--version", action="version", version=f"dfq {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", prog="dfq", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)
     return parser
@@ -95,17 +103,20 @@ def _explain(error: Exception) -> int:
     rank = int(os.environ.get("RANK", "0"))
     who = f" in process {rank}" if rank else ""
     print(f"dfq: error{who}: {said}", file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1
+    return WRONG_USAGE if isinstance(error, UsageError) else 1
 
 
 @contextmanager
 def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
     """While it is open, dfq's log lines go to stderr, and what other libraries say to their developers goes nowhere."""
-    own, root = logging.getLogger("dfq"), logging.getLogger()
-    level = own.level
-    lines, nowhere = logging.StreamHandler(sys.stderr), logging.NullHandler()
+    own, root, hub = logging.getLogger("dfq"), logging.getLogger(), logging.getLogger("huggingface_hub")
+    level, hub_level = own.level, hub.level
+    lines, nowhere = LineHandler(), logging.NullHandler()
     own.setLevel(logging.WARNING if quiet else logging.INFO)
     own.addHandler(lines)
+    if not debug:
+        # It prints every attempt that fails, and the last of them is told anyway.
+        hub.setLevel(logging.ERROR)
     # Without any handler Python would print the warnings of timm and others.
     root.addHandler(nowhere)
     try:
@@ -117,3 +128,4 @@ def _reporting(*, quiet: bool, debug: bool) -> Iterator[None]:
         own.removeHandler(lines)
         root.removeHandler(nowhere)
         own.setLevel(level)
+        hub.setLevel(hub_level)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -103,11 +105,14 @@ def timm_dataset(name: str, root: str | os.PathLike[str] | None, split: str, mod
             "for a folder with one folder per class give the data directory alone"
         )
     try:
-        dataset = timm.data.create_dataset(name, root=None if root is None else os.fspath(root), split=split)
+        # Results alone go to stdout, and timm prints there which package it lacks.
+        with redirect_stdout(sys.stderr):
+            dataset = timm.data.create_dataset(name, root=None if root is None else os.fspath(root), split=split)
     # Behind create_dataset stand half a dozen libraries, each with exceptions of its own, AssertionError among them.
     except Exception as error:
+        place = "" if root is None else f", in {root}"
         raise DfqError(
-            f"timm cannot open the dataset {name!r}, split {split!r}, in {root}: {reason(error)}; "
+            f"timm cannot open the dataset {name!r}, split {split!r}{place}: {reason(error)}; "
             "check the name, the split, the data directory, and that the library behind that prefix is installed"
         ) from error
     dataset.transform = _ToRgb(model.preprocessing.transform())

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
-from tqdm import tqdm
 
 from calibration.team import Team, team
 from dfq.datasets import image_folder
 from dfq.errors import DfqError, UsageError
 from dfq.models import PYTORCH, resolve_device
+from dfq.progress import progress_bar
 from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
 from dfq.tally import Classifier, Counted, Tally, moved
 from dfq.versions import versions
@@ -251,17 +251,18 @@ def evaluate(
         moved(model, where),
         moved(baseline, where),
         torch.inference_mode(),
-        tqdm(loader, desc="evaluate", unit="batch", disable=None if progress and shared.leads else True) as batches,
+        progress_bar(_length(loader), "evaluate", "batch", shown=progress and shared.leads) as bar,
     ):
         left = limit
         in_order = isinstance(dataset, IterableDataset)
-        for index, (images, labels) in enumerate(batches):
+        for index, (images, labels) in enumerate(loader):
             if left is not None and in_order:
                 images, labels = images[:left], labels[:left]
                 left -= len(images)
             # What can only be read in order is read by all.
             if not in_order or index % shared.size == shared.rank:
                 tally.add(images.to(where), labels)
+            bar.update()
             if left == 0:
                 break
     counted, images_per_second = tally.total(shared)
@@ -285,6 +286,14 @@ def evaluate(
             (answer, other, count) for (answer, other), count in sorted(counted.changed.items(), key=_by_count)
         ),
     )
+
+
+def _length(loader: DataLoader[Any]) -> int | None:
+    try:
+        return len(loader)
+    # Of images that are read one after another.
+    except TypeError:
+        return None
 
 
 def _by_count(entry: tuple[tuple[int, int], int]) -> tuple[int, tuple[int, int]]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 import calibration
-from calibration import CalibrationSet, Method, PatchSchedule, Plan, ProgressiveStop, Rebirth
+from calibration import CalibrationSet, Dense, Method, PatchSchedule, Plan, ProgressiveStop, Rebirth
 from calibration.calibration_set import SetFolder, concatenate
 from calibration.inversion import Progress
 from calibration.methods import DEFAULT_METHOD, METHODS, SCHEDULES
@@ -23,10 +20,14 @@ from calibration.tokens import PatchGrid
 from dfq.datasets import class_captions
 from dfq.errors import UsageError
 from dfq.models import Model
+from dfq.progress import progress_bar
 from dfq.support import check_invertible
 from dfq.versions import versions
 
 log = logging.getLogger("dfq")
+
+# Without the rate, so that what tells of the images fits into 80 columns.
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 def describe_run(model: Model, plan: Plan) -> dict[str, Any]:
@@ -178,16 +179,17 @@ def batches(
 
     def making() -> Iterator[CalibrationSet]:
         iterations = 1 if method.schedule is None else method.settings.iterations
+        sparse = not isinstance(method.schedule, Dense)
         # One bar for the whole run: what is left is what a person wants to know.
         own = shared.part_of(len(plan.batches))
         total = len(own) * iterations
-        with tqdm(total=total, desc=plan.name, unit="it", file=sys.stderr, disable=None if progress else True) as bar:
+        with progress_bar(total, plan.name, "it", shown=progress, bar_format=_BAR) as bar:
 
             def on_step(batch: int, step: Progress) -> None:
                 bar.n = own.index(batch) * iterations + step.iteration
                 bar.set_postfix_str(
-                    f"batch {batch + 1}/{len(plan.batches)}, loss {step.loss:.3f}, "
-                    f"confidence {step.confidence:.0%}, {step.kept_patches} patches",
+                    f"batch {batch + 1}/{len(plan.batches)}, {f'{step.kept_patches} patches, ' * sparse}"
+                    f"loss {step.loss:.3f}, confidence {step.confidence:.0%}",
                     refresh=False,
                 )
                 bar.refresh()

@@ -6,7 +6,6 @@ of a recipe: the same one serves W8A8 and W4A8.
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 import tomllib
@@ -15,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from calibration.errors import did_you_mean
 from calibration.files import read_text
 from dfq.errors import RecipeError, UsageError
 from quantizers import (
@@ -265,7 +265,7 @@ def load_recipe(name: str | Path) -> Recipe:
     if path.suffix != ".toml":
         if str(name) not in preset_names():
             raise RecipeError(
-                f"unknown recipe {str(name)!r}{_near(str(name), preset_names())}: the presets are "
+                f"unknown recipe {str(name)!r}{did_you_mean(str(name), preset_names())}: the presets are "
                 f"{', '.join(preset_names())}; a recipe of your own is a file that ends in .toml"
             )
         path = PRESETS / f"{name}.toml"
@@ -277,6 +277,8 @@ def load_recipe(name: str | Path) -> Recipe:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+    except FileNotFoundError as error:
+        raise RecipeError(f"cannot read the recipe {path}: there is no such file") from error
     # ValueError: not UTF-8, or an integer of more digits than Python reads.
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
@@ -414,7 +416,7 @@ def _check_value(key: str, value: Any, where: str) -> None:
 def _check_keys(table: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in table:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}{_near(key, known)}; known are {', '.join(known)}")
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known are {', '.join(known)}")
 
 
 def _said(value: Any) -> str:
@@ -424,8 +426,3 @@ def _said(value: Any) -> str:
     # Of an integer in base 16, which may have more digits than Python writes in base 10.
     except ValueError:
         return "a huge number"
-
-
-def _near(word: str, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

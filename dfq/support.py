@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -66,6 +67,8 @@ class Support:
     """What dfq can do with an architecture; each refusal is the reason for one, None where there is none.
 
     saliency: what says which patches matter in a sparse schedule (`calibration.saliency`), None where there is none.
+    head_needed: timm's default for this name has no classifier; the rest is about the same network with one, as a
+    checkpoint brings it.
     """
 
     name: str
@@ -73,17 +76,13 @@ class Support:
     dense_refusal: str | None
     sparse_refusal: str | None
     quantization_refusal: str | None
+    head_needed: bool = False
 
-    def describe(self) -> str:
-        """One line for people: what can be done, then the reasons for the rest."""
-        refusals = {
-            "dense inversion": self.dense_refusal,
-            "sparse": self.sparse_refusal,
-            "quantization": self.quantization_refusal,
-        }
-        can = ", ".join(what for what, refusal in refusals.items() if refusal is None)
-        reasons = dict.fromkeys(refusal for refusal in refusals.values() if refusal is not None)
-        return "; ".join([can or "nothing", *reasons])
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """The reasons, each once."""
+        reasons = (self.dense_refusal, self.sparse_refusal, self.quantization_refusal)
+        return tuple(dict.fromkeys(reason for reason in reasons if reason is not None))
 
 
 def describe_support(name: str) -> Support:
@@ -92,11 +91,16 @@ def describe_support(name: str) -> Support:
     Raises DfqError for a name that is not known.
     """
     module = without_weights(name)
+    head_needed = num_classes_of(module) < 2
+    if head_needed:
+        with torch.device("meta"):
+            reset: Any = module.reset_classifier
+            reset(2)
     dense = _refusal(lambda: check_invertible(name, module))
     # What cannot be inverted at all is not loaded, and so neither inverted sparsely nor quantized.
     sparse = dense or _refusal(lambda: saliency_kind(module))
     quantization = dense or _refusal(lambda: check_quantizable(name, module))
-    return Support(name, None if sparse else saliency_kind(module), dense, sparse, quantization)
+    return Support(name, None if sparse else saliency_kind(module), dense, sparse, quantization, head_needed)
 
 
 def _refusal(check: Callable[[], object]) -> str | None:

@@ -31,7 +31,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """
     file = Path(path)
     if not file.is_file():
-        raise CheckpointError(f"there is no checkpoint file {file}")
+        wrong = "is a folder, and weights are a file in it" if file.is_dir() else "is not there"
+        raise CheckpointError(f"the checkpoint file {file} {wrong}")
     try:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
@@ -51,8 +52,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is neither safetensors nor a PyTorch checkpoint") from error
     # A broken archive has torch.load call almost anything with almost anything.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} is damaged, or no checkpoint at all ({reason})") from error
+        said = str(error).partition("\n")[0]
+        # Of a file that never was one it is a number, or less.
+        reason = f" ({said})" if " " in said else ""
+        raise CheckpointError(f"{file} is damaged, or no checkpoint at all{reason}") from error
     content = _as_dict(content)
     for key in _STATE_DICT_KEYS:
         if isinstance(content.get(key), dict):
@@ -115,7 +118,10 @@ def load_into(module: nn.Module, state: dict[str, Tensor], name: str, file: Path
             for kind, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", reshaped))
             if keys
         ]
-        raise CheckpointError(f"{file} is not a checkpoint of {name}: {'; '.join(found)}")
+        raise CheckpointError(
+            f"{file} is not a checkpoint of {name}: {'; '.join(found)}; give one of this architecture, or the "
+            "architecture that it is of"
+        )
     module.load_state_dict(state)
 
 

@@ -24,7 +24,7 @@ from calibration.schedules import ProgressiveStop
 from calibration.sheet import Sheet, class_name, on_ground
 from calibration.tokens import PatchGrid
 from calibration.trace import Trace
-from dfq.datasets import imagenet_class_names, imagenet_wordnet_ids
+from dfq.datasets import class_captions
 
 # Pixels of a tile's side, about: of a sheet with few tiles, and of one with many; and colours of a sheet. Noise is what
 # no compression makes small.
@@ -163,8 +163,7 @@ def in_words(flops: float) -> str:
 
 
 def name_of(model: dfq.Model, label: int) -> str:
-    names = model.class_names
-    return class_name(label, imagenet_class_names() if names == imagenet_wordnet_ids() else names)
+    return class_name(label, class_captions(model))
 
 
 def _spread(snapshots: list[Any], count: int) -> list[Any]:

@@ -6,7 +6,19 @@ it prints; the rest is in the library.
 
 from __future__ import annotations
 
-from dfq.commands import bench, demo, distill, evaluate, export, generate, listing, quantize, report, sensitivity
+from dfq.commands import (
+    bench,
+    completion,
+    demo,
+    distill,
+    evaluate,
+    export,
+    generate,
+    listing,
+    quantize,
+    report,
+    sensitivity,
+)
 from dfq.commands.command import Command
 
 __all__ = ["COMMANDS", "Command"]
@@ -22,4 +34,5 @@ COMMANDS: tuple[Command, ...] = (
     distill.COMMAND,
     listing.COMMAND,
     demo.COMMAND,
+    completion.COMMAND,
 )

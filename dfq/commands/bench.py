@@ -25,15 +25,24 @@ def options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1, 16],
         metavar="N",
-        help="images at once; 1, for the latency, is always measured (1 16)",
+        help="images at once; 1, for the latency, is always measured (default: 1 16)",
     )
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="of PyTorch and of every runtime (as PyTorch has)"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="of PyTorch and of every runtime (default: as many as PyTorch takes)",
     )
-    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="only these (all that are installed)")
-    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns of each (%(default)s)")
     parser.add_argument(
-        "--seconds", type=above_zero, default=0.5, metavar="X", help="that a turn lasts at least (%(default)s)"
+        "--runtimes",
+        nargs="+",
+        choices=RUNTIMES,
+        metavar="NAME",
+        help=f"only these of {', '.join(RUNTIMES)} (default: all that are installed)",
+    )
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns of each (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=above_zero, default=0.5, metavar="X", help="that a turn lasts at least (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 

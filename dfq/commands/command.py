@@ -35,10 +35,20 @@ class Command:
             self.name,
             help=self.summary,
             description=self.summary[0].upper() + self.summary[1:] + ".",
-            epilog=f"example: {self.example}",
-            allow_abbrev=False,
+            epilog=f"example:\n{self.example}",
+            add_help=False,
         )
         parser.set_defaults(command=self)
-        parser.add_argument("--quiet", action="store_true", help="results and errors only")
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.options(parser)
+        # Last, as what is particular to a command is looked for first.
+        general = parser.add_argument_group("general")
+        general.add_argument("-h", "--help", action="help", help="show this and exit")
+        general.add_argument("--quiet", action="store_true", help="results and errors only")
+        general.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        # All options, in a line for each, are below it.
+        needed = [action for action in parser._actions if action.required]
+        words = (
+            f"{action.option_strings[-1]} {action.metavar}" if action.option_strings else str(action.metavar)
+            for action in needed
+        )
+        parser.usage = " ".join([parser.prog, *words, "[OPTION ...]"])

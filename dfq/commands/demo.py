@@ -9,7 +9,9 @@ from dfq.commands.command import Command
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, default=Path("dfq-demo"), metavar="DIR", help="folder (%(default)s)")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("dfq-demo"), metavar="DIR", help="folder (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

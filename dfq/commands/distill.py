@@ -18,42 +18,54 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "student", metavar="STUDENT", help="a timm name of any classifier, or a folder that `dfq quantize` made"
     )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--student-checkpoint", type=Path, metavar="FILE", help="weights of the student")
-    weights.add_argument("--student-random-weights", action="store_true", help="a student from scratch")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="labelled images, one folder per class, to measure both on"
+    group = parser.add_argument_group("student")
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--student-checkpoint", type=Path, metavar="FILE", help="its weights (default: timm's pretrained ones)"
     )
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="train on a set that `dfq generate` made, and make no other"
-    )
+    weights.add_argument("--student-random-weights", action="store_true", help="it starts from scratch")
     training = parser.add_argument_group("training")
     training.add_argument(
         "--train",
         default="linear",
         metavar="PART",
-        help="linear: a new classifier alone; last-K: also K layers below it; full (%(default)s)",
+        help="linear: a new classifier alone; last-K: also K layers below it; full: all of it (default: %(default)s)",
     )
-    training.add_argument("--rounds", type=positive, default=10, metavar="N", help="of images and steps (%(default)s)")
-    training.add_argument("--steps", type=positive, default=100, metavar="N", help="per round (%(default)s)")
     training.add_argument(
-        "--train-batch-size", type=positive, default=128, metavar="N", help="images per step (%(default)s)"
+        "--rounds", type=positive, default=10, metavar="N", help="of making images and training (default: %(default)s)"
+    )
+    training.add_argument("--steps", type=positive, default=100, metavar="N", help="per round (default: %(default)s)")
+    training.add_argument(
+        "--train-batch-size", type=positive, default=128, metavar="N", help="images per step (default: %(default)s)"
     )
     training.add_argument(
         "--windows",
         type=count,
         default=9,
         metavar="N",
-        help="random windows of each whole image that are shown besides it (%(default)s)",
+        help="random windows of each whole image that are shown besides it (default: %(default)s)",
     )
     training.add_argument(
-        "--temperature", type=above_zero, default=20.0, metavar="X", help="of both distributions (%(default)s)"
+        "--temperature", type=above_zero, default=20.0, metavar="X", help="of both distributions (default: %(default)s)"
     )
-    training.add_argument("--opt", choices=("sgd", "adamw"), help="optimizer (sgd; of a quantized student adamw)")
-    training.add_argument("--lr", type=above_zero, metavar="X", help="learning rate (one that suits the rest)")
-    training.add_argument("--momentum", type=finite, default=0.9, metavar="X", help="of sgd (%(default)s)")
-    training.add_argument("--weight-decay", type=finite, default=1e-4, metavar="X", help="(%(default)s)")
-    training.add_argument("--sched", choices=("cosine", "constant"), default="cosine", help="of the rate (%(default)s)")
+    training.add_argument(
+        "--opt", choices=("sgd", "adamw"), help="optimizer (default: sgd; of a quantized student adamw)"
+    )
+    training.add_argument("--lr", type=above_zero, metavar="X", help="learning rate (default: one that suits the rest)")
+    training.add_argument("--momentum", type=finite, default=0.9, metavar="X", help="of sgd (default: %(default)s)")
+    training.add_argument(
+        "--weight-decay", type=finite, default=1e-4, metavar="X", help="of the optimizer (default: %(default)s)"
+    )
+    training.add_argument(
+        "--sched", choices=("cosine", "constant"), default="cosine", help="of the rate (default: %(default)s)"
+    )
+    group = parser.add_argument_group("calibration images that are there (default: some are made)")
+    group.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="train on a set that `dfq generate` made, and make no other"
+    )
+    group.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="labelled, one folder per class, to measure teacher and student on"
+    )
     add_image_options(parser, num_images=64, trace=False, method="smi", round_by_round=True)
     add_output_options(parser, "folder for the student, the pool, log and curve; one that was begun is continued")
 

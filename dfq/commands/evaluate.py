@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dfq.commands.command import GATE_FAILED, Command
 from dfq.commands.model_options import MODEL_CHANGES, add_model_options, model_of
 from dfq.commands.output_options import check_files
-from dfq.commands.values import RUNTIMES, finite, positive
+from dfq.commands.values import RUNTIMES, count, finite, positive
 
 if TYPE_CHECKING:
     from dfq.models import Model
@@ -18,18 +18,29 @@ if TYPE_CHECKING:
 
 def options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, "a folder that `dfq quantize` made, an ONNX file that `dfq export` made, or a model")
-    parser.add_argument("--runtime", choices=RUNTIMES, help=f"what an ONNX file runs in, on the CPU ({RUNTIMES[0]})")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="one folder of images per class")
-    parser.add_argument("--dataset", metavar="NAME", help="a dataset as timm names it, such as torch/cifar10")
-    parser.add_argument("--split", default="validation", help="of --dataset (%(default)s)")
-    parser.add_argument("--baseline", action="store_true", help="measure full precision on the same images too")
-    parser.add_argument("--max-drop", type=finite, metavar="POINTS", help="exit with 3 if the drop is larger")
-    parser.add_argument(
-        "-b", "--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)"
+    group = parser.add_argument_group("images")
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="one folder of images per class")
+    group.add_argument("--dataset", metavar="NAME", help="a dataset as timm names it, such as torch/cifar10")
+    group.add_argument("--split", default="validation", metavar="NAME", help="of --dataset (default: %(default)s)")
+    group.add_argument(
+        "--limit", type=positive, metavar="N", help="at most so many images, evenly spaced (default: all)"
     )
-    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="loading processes (%(default)s)")
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most so many images, evenly spaced")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    group.add_argument(
+        "-b", "--batch-size", type=positive, default=64, metavar="N", help="images at once (default: %(default)s)"
+    )
+    group.add_argument(
+        "-j", "--workers", type=count, default=0, metavar="N", help="loading processes (default: %(default)s)"
+    )
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--baseline", action="store_true", help="full precision too, on the same images")
+    group.add_argument("--max-drop", type=finite, metavar="POINTS", help="exit with 3 if the drop is larger")
+    group.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        help=f"what an ONNX file runs in, on the CPU (default: {RUNTIMES[0]})",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,18 +7,28 @@ from pathlib import Path
 
 from dfq.commands.command import Command
 from dfq.commands.output_options import check_files
+from dfq.commands.values import positive
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="DIR", help="a folder that `dfq quantize` made")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="to write: .onnx or .safetensors")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="to write; ends in .onnx, or for --format torch in .safetensors",
+    )
     parser.add_argument(
         "--format",
         choices=("onnx", "torch"),
         default="onnx",
-        help="onnx, or torch: rounded weights in float32, under timm's names, as safetensors (%(default)s)",
+        help="onnx, or torch: rounded weights in float32, under timm's names, as safetensors (default: %(default)s)",
     )
-    parser.add_argument("--opset", type=int, default=21, metavar="N", help="of ONNX, 21 to 23 (%(default)s)")
+    parser.add_argument(
+        "--opset", type=positive, default=21, metavar="N", help="of ONNX, 21 to 23 (default: %(default)s)"
+    )
     parser.add_argument(
         "--int8-weights", action="store_true", help="a byte for each weight of 4 bits or fewer, instead of half a byte"
     )

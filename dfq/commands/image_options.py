@@ -22,22 +22,25 @@ def add_image_options(
     round_by_round: bool = False,
 ) -> None:
     """num_images, method: the defaults, None for the number that the recipe says."""
-    group = parser.add_argument_group("images, where they are made")
-    group.add_argument("--method", default=method, metavar="NAME", help="see `dfq list methods` (%(default)s)")
+    group = parser.add_argument_group("calibration images that are made")
+    group.add_argument(
+        "--method", default=method, metavar="NAME", help="how; see `dfq list methods` (default: %(default)s)"
+    )
     group.add_argument(
         "-n",
         "--num-images",
         type=positive,
         default=num_images,
         metavar="N",
-        help=f"how many{' per round' * round_by_round} ({num_images or 'as the recipe says'})",
+        help=f"how many{' per round' * round_by_round} (default: {num_images or 'as the recipe says'})",
     )
     group.add_argument(
         "--iterations",
         type=iterations_or_auto,
         default="auto",
         metavar="N",
-        help="of inversion, per batch; auto: until its images are good enough, at most the method's own (%(default)s)",
+        help="of inversion, per batch; auto: until its images are good enough, at most the method's own number "
+        "(default: %(default)s)",
     )
     if not round_by_round:  # Those of a round are.
         group.add_argument(
@@ -46,27 +49,36 @@ def add_image_options(
             type=positive,
             default=32,
             metavar="N",
-            help="canvases inverted together (%(default)s)",
+            help="canvases inverted together (default: %(default)s)",
         )
     group.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the model's passes (%(default)s)"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the model's passes (default: %(default)s)",
     )
     group.add_argument(
-        "--init", choices=("noise", "pink", "leaves"), help="where inversion starts (the method's own start)"
+        "--init",
+        choices=("noise", "pink", "leaves"),
+        help="where inversion starts: white noise, pink noise or dead leaves (default: the method's own)",
     )
     group.add_argument(
-        "--schedule", choices=("dense", "smi", "pri"), help="which patches are inverted when (the method's own)"
+        "--schedule",
+        choices=("dense", "smi", "pri"),
+        help="which patches are inverted when (default: the method's own)",
     )
     group.add_argument(
         "--stop-at",
         type=count,
         nargs="+",
         metavar="N",
-        help="smi: iterations at which patches stop (1/80 to 3/40 of all)",
+        help="smi: iterations at which patches stop (default: four, from 1/80 to 3/40 of all)",
     )
-    group.add_argument("--stop-ratio", type=finite, metavar="X", help="smi: share that stops each time (0.3)")
-    group.add_argument("--division", type=positive, metavar="V", help="pri: images of one canvas (4)")
-    group.add_argument("--learning-rate", type=finite, metavar="X", help="of Adam on the pixels (the method's own)")
+    group.add_argument("--stop-ratio", type=finite, metavar="X", help="smi: share that stops each time (default: 0.3)")
+    group.add_argument("--division", type=positive, metavar="V", help="pri: images of one canvas (default: 4)")
+    group.add_argument(
+        "--learning-rate", type=finite, metavar="X", help="of Adam on the pixels (default: the method's own)"
+    )
     if trace:  # It lies in the folder of the set.
         group.add_argument("--trace", action="store_true", help="also draw how the first images came about: trace.png")
 

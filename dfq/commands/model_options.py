@@ -18,16 +18,25 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "a model", *,
     parser.add_argument(
         name, metavar=name.upper(), help=f"{what}: a timm name, hf-hub:USER/REPO, local-dir:FOLDER, or reference"
     )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: safetensors or a PyTorch state dict")
+    group = parser.add_argument_group(name)
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights: safetensors or a PyTorch state dict (default: timm's pretrained ones)",
+    )
     weights.add_argument("--random-weights", action="store_true", help="untrained, for trials and timing")
-    parser.add_argument("--image-size", type=positive, metavar="N", help="other than the model's own")
-    parser.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the normalisation, red green blue")
-    parser.add_argument("--std", type=float, nargs=3, metavar="X", help="of the normalisation")
-    parser.add_argument("--interpolation", help="of the resize")
-    parser.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image in the crop")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (CUDA where there is one)")
-    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (%(default)s)")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    group.add_argument(
+        "--seed", type=seed_number, default=0, metavar="N", help="of all randomness (default: %(default)s)"
+    )
+    group = parser.add_argument_group("preprocessing (default: as the model was trained)")
+    group.add_argument("--image-size", type=positive, metavar="N", help="height and width of its images, in pixels")
+    group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of the normalisation")
+    group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of the normalisation")
+    group.add_argument("--interpolation", metavar="NAME", help="of the resize: bicubic, bilinear, nearest, ...")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image in the crop, up to 1")
 
 
 def model_of(arguments: argparse.Namespace) -> Model:

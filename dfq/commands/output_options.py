@@ -7,8 +7,9 @@ from pathlib import Path
 
 
 def add_output_options(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help=what)
-    parser.add_argument("--overwrite", action="store_true", help="replace what another run left there")
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help=what)
+    group.add_argument("--overwrite", action="store_true", help="replace what another run left there")
 
 
 def check_files(arguments: argparse.Namespace, suffixes: dict[str, str]) -> None:

@@ -15,7 +15,8 @@ from dfq.commands.recipe_options import add_recipe_options
 def options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_recipe_options(parser, "w8a8")
-    source = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group("calibration images that are there (default: some are made)")
+    source = group.add_mutually_exclusive_group()
     source.add_argument("--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made")
     source.add_argument(
         "--calibration-images", type=Path, metavar="DIR", help="a folder of real images, of which -n are drawn"

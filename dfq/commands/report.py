@@ -21,20 +21,25 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE.html",
-        help="to write (report.html in DIR; of several it has to be said)",
+        help="to write (default: report.html in DIR; of several it has to be said)",
     )
     for name, what in (("evaluation", "evaluate"), ("bench", "bench"), ("sensitivity", "sensitivity")):
         parser.add_argument(
             f"--{name}",
             type=Path,
             metavar="FILE",
-            help=f"what `dfq {what} --json` wrote ({name}.json in DIR, if there)",
+            help=f"what `dfq {what} --json` wrote (default: {name}.json in DIR, if there)",
         )
     parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="the images that it was calibrated on (calibration in DIR)"
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="the images it was calibrated on (default: calibration in DIR)",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the original weights (where they were)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (CUDA where there is one)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="the original weights (default: where they were)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
 
 def run(arguments: argparse.Namespace) -> None:

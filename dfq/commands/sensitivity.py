@@ -17,10 +17,8 @@ from dfq.commands.values import above_zero, size_or_share
 def options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_recipe_options(parser, "w4a4")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made; its first -n images are used"
-    )
-    target = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group("bits of each layer (default: they are not chosen)")
+    target = group.add_mutually_exclusive_group()
     target.add_argument(
         "--target-size",
         type=size_or_share,
@@ -34,10 +32,15 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="choose them so that the model is as small as it can be and no larger drop is predicted: a rule of thumb",
     )
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE.toml", help="write the recipe with these bits")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw what each tensor costs")
+    group = parser.add_argument_group("calibration images that are there (default: some are made)")
+    group.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made; its first -n images are used"
+    )
     add_image_options(parser, num_images=16, trace=False)
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--out", type=Path, metavar="FILE.toml", help="write the recipe with the chosen bits")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    group.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw what each tensor costs")
     parser.set_defaults(calibration_images=None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from calibration import CalibrationSet, load_calibration_set
 from calibration.tokens import PatchGrid
 from dfq.errors import DfqError
 from dfq.models import Model, Network
+from dfq.progress import progress_bar
 from dfq.ptq.fitting import fit_sites, move_ranges, observe, place_sites
 from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
@@ -138,7 +137,7 @@ def quantize(
     )
     done = 0
     inputs: Sequence[Any] = batches
-    bar = tqdm(total=len(chain), desc="calibrate", unit="stage", file=sys.stderr, disable=None if progress else True)
+    bar = progress_bar(len(chain), "calibrate", "stage", shown=progress)
     with bar, torch.no_grad():
         reconstructor = None
         if chosen.reconstruction is not None:

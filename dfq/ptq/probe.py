@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from calibration import CalibrationSet
 from dfq.models import Model
+from dfq.progress import progress_bar
 from dfq.ptq.engine import check_calibration, prepare
 from dfq.ptq.fitting import fit_sites, joined_tokens, move_ranges, observe, place
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
@@ -86,9 +85,7 @@ class Probe:
         """
         found: dict[Trial, Cost] = {}
         inputs: Sequence[Any] = self._batches
-        with tqdm(
-            total=len(trials), desc="sensitivity", unit="trial", file=sys.stderr, disable=None if progress else True
-        ) as bar:
+        with progress_bar(len(trials), "sensitivity", "trial", shown=progress) as bar:
             for index, stage in enumerate(self._stages):
                 here = [trial for trial in trials if stage.owns(trial[0][0])]
                 outputs = self._fit(stage, inputs, here)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from calibration import CalibrationSet
 from dfq.models import Model
+from dfq.progress import progress_bar
 from dfq.ptq.engine import QuantizedModel, check_calibration, prepare
 from dfq.ptq.modules import QuantizedLayer
 from dfq.ptq.stages import Stage, stages
@@ -104,8 +103,7 @@ def measure(
                 listened += [(exact.get_submodule(name), output.expect), (layer, output.compare)]
         ends = {stage.name: _Powers() for stage, _ in pairs}
     same = 0
-    bar = tqdm(total=len(images), desc="measure", unit="image", file=sys.stderr, disable=None if progress else True)
-    with bar, _listening(listened):
+    with progress_bar(len(images), "measure", "image", shown=progress) as bar, _listening(listened):
         for batch in images.batches(batch_size, quantized.device):
             found: Any = batch
             expected: Any = batch

@@ -362,8 +362,10 @@ class TestClaimingAFolder:
 
 class TestWhatCannotBeLoaded:
     def test_nothing_there(self, tmp_path: Path) -> None:
-        for path in (tmp_path, tmp_path / "missing"):
-            with pytest.raises(DfqError, match=rf"^{path} is not a calibration set: it has no manifest\.json$"):
+        for path, wrong in ((tmp_path, r"it has no manifest\.json"), (tmp_path / "missing", "there is no such folder")):
+            with pytest.raises(
+                DfqError, match=f"^{path} is not a calibration set: {wrong}; `dfq generate` makes one, "
+            ):
                 load_calibration_set(path)
 
     def test_an_unfinished_set(self, tmp_path: Path) -> None:

@@ -267,7 +267,9 @@ def test_a_missing_file_is_named(name: str, saved: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere is not a quantized model"):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere is not a quantized model: there is no such folder; `dfq quantize` makes one"
+    ):
         dfq.load(tmp_path / "nowhere")
 
 

@@ -130,7 +130,7 @@ def test_files_that_hold_no_weights(tmp_path: Path, state: dict[str, Tensor]) ->
     torch.save(state, tmp_path / "whole.pth")
     half = len(whole.read_bytes()) // 2
     files = {
-        "missing.safetensors": (None, "there is no checkpoint file"),
+        "missing.safetensors": (None, "missing.safetensors is not there"),
         "truncated.safetensors": (whole.read_bytes()[:half], "is not a whole safetensors file"),
         "text.safetensors": (b"these are no weights at all", "is not a whole safetensors file"),
         "empty.safetensors": (b"", "is not a whole safetensors file"),
@@ -180,7 +180,8 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(state: dict[str, Te
         load(checkpoint=file)
     assert str(caught.value) == (
         f"{file} is not a checkpoint of reference: 4 missing (cls_token, pos_embed, norm.bias, ...); "
-        "1 unexpected (head.surplus); 1 of another shape (norm.weight (65,) instead of (64,))"
+        "1 unexpected (head.surplus); 1 of another shape (norm.weight (65,) instead of (64,)); "
+        "give one of this architecture, or the architecture that it is of"
     )
 
 

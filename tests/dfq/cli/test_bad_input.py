@@ -47,7 +47,8 @@ def test_models_that_cannot_be_used(refused: Callable[..., None], command: str, 
     other = ("--checkpoint", tmp_path / "reference.safetensors")
     check(1, "is not a checkpoint of vit_tiny_patch16_224: ", "vit_tiny_patch16_224", *other)
     check(1, "is not a whole safetensors file", "reference", "--checkpoint", tmp_path / "truncated.safetensors")
-    check(1, "there is no checkpoint file", "reference", "--checkpoint", tmp_path / "missing.safetensors")
+    check(1, "missing.safetensors is not there", "reference", "--checkpoint", tmp_path / "missing.safetensors")
+    check(1, "is a folder, and weights are a file in it", "reference", "--checkpoint", tmp_path)
     check(1, "could run code; it was not loaded", "reference", "--checkpoint", tmp_path / "evil.pth")
     check(1, "NaN or infinite values in norm.bias", "reference", "--checkpoint", tmp_path / "nan.safetensors")
     check(2, "std must be three positive numbers", "reference", "--std", "0", "1", "1")
@@ -168,7 +169,6 @@ def test_a_device_that_is_not_there(
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("quantise", "reference"),
         ("quantize", "reference"),
         ("quantize", "reference", "--out", "x", "--bit", "w4a8"),
@@ -207,6 +207,7 @@ def test_wrong_usage(
 ) -> None:
     assert status(*arguments) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("usage: dfq")
-    assert "error: " in said.err.splitlines()[-1]
+    (line,) = said.err.splitlines()
+    assert line.startswith("dfq: error: ")
+    assert "--help`" in line
     assert said.out == ""

@@ -14,6 +14,7 @@ from calibration import Plan
 from calibration.calibration_set import CalibrationSet
 from dfq.ptq import engine
 from dfq.recipe import load_recipe, preset_names
+from dfq.tried import TRIED
 
 NOISE = ("--method", "gaussian", "-n", "8", "--device", "cpu")
 Files = dict[str, bytes]
@@ -245,8 +246,10 @@ def test_list(status: Callable[..., int], capsys: pytest.CaptureFixture[str]) ->
         assert status("list", what) == 0
         said = capsys.readouterr()
         assert said.err == ""
-        listed[what] = {line.split()[0]: line for line in said.out.splitlines()}
-    assert {"vit_tiny_patch16_224", "deit_tiny_patch16_224"} <= set(listed["models"])
+        listed[what] = {line.split()[0]: line for line in said.out.splitlines() if line}
+    assert list(listed["models"])[1 : 1 + len(TRIED)] == list(TRIED)
+    assert "  attention pool        yes, head needed  yes " in listed["models"]["vit_base_patch16_siglip_224"]
+    assert "  no                    yes               no " in listed["models"]["cait_xxs24_224"]
     assert {"smi", "dense", "pri", "psaq", "apa", "leaves", "gaussian"} <= set(listed["methods"])
     assert "sparse model inversion" in listed["methods"]["smi"]
     assert listed["recipes"] == {
@@ -259,13 +262,29 @@ def test_list_what_can_be_done_with_some_models(
     status: Callable[..., int], refused: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status("list", "models", "vit_tiny_patch16_2*") == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines == {"vit_tiny_patch16_224": "dense inversion, sparse, quantization"}
-    assert status("list", "models", "swin_tiny_*") == 0
-    listed = capsys.readouterr().out
-    assert "swin_tiny_patch4_window7_224  dense inversion, quantization; " in listed
-    assert "use a dense method" in listed
+    assert capsys.readouterr().out.splitlines() == [
+        "model                 sparse inversion, by  dense inversion   quantization  tried",
+        "vit_tiny_patch16_224  class token           yes               yes           yes",
+    ]
+    assert status("list", "models", "swin_base_patch4_window7") == 0
+    _, row, nothing, why, *reasons = capsys.readouterr().out.splitlines()
+    assert row == "swin_base_patch4_window7_224  no                    yes               yes"
+    assert (nothing, why, len(reasons)) == ("", "Why not:", 1)
+    assert "use a dense method" in reasons[0]
     refused(("list", "models", "cat*"), 1, "'cat*'")
+
+
+def test_list_some_methods_and_recipes(
+    status: Callable[..., int], refused: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for what, wanted, names in (
+        ("methods", "smi", ["smi", "apa-smi"]),
+        ("methods", "p*", ["pri", "psaq", "pink"]),
+        ("recipes", "fast", ["fast"]),
+    ):
+        assert status("list", what, wanted) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
+    refused(("list", "recipes", "slow"), 1, "none of the recipes is called 'slow'; there are accurate, deploy, fast,")
 
 
 def test_demo(

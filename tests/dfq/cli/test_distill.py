@@ -80,7 +80,7 @@ def test_bad_input(refused: Callable[..., None], tmp_path: Path) -> None:
     refused((*command, "--train", "last-9"), 2, "reference has 4 layers between stem and classifier")
     refused((*command, "--momentum", 1), 2, "the momentum must be at least 0 and below 1")
     refused((*command, "--method", "magic"), 2, "unknown method 'magic'")
-    refused((*command, "--student-checkpoint", tmp_path / "none"), 1, "there is no checkpoint file")
+    refused((*command, "--student-checkpoint", tmp_path / "none"), 1, "none is not there")
     refused((*command, "--data-dir", tmp_path / "none"), 1, "none")
     refused((*command, "--calibration", tmp_path), 1, "is not a calibration set")
     assert not out.exists()

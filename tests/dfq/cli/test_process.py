@@ -100,7 +100,7 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     done = python("-c", program)
     assert done.stdout.startswith("usage: dfq quantize ")
-    assert "example: dfq quantize" in done.stdout
+    assert "example:\n  dfq quantize" in done.stdout
     assert done.stdout.endswith("False False\n")
     assert done.stderr == ""
 
