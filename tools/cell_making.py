@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -60,9 +59,7 @@ class Workshop:
     def make(self, cell: Cell) -> dict[str, Any]:
         """What is measured of a cell."""
         model = self.model
-        checkpoint = model.origin.checkpoint
         line = {
-            "weights": "of timm" if checkpoint is None else Path(checkpoint).name,
             "preprocessing": model.preprocessing.describe(),
             "device": str(model.device),
             "machine": machine(),
@@ -72,11 +69,12 @@ class Workshop:
         return line | (self._speed(cell) if cell.kind == "speed" else self._accuracy(cell))
 
     def _accuracy(self, cell: Cell) -> dict[str, Any]:
+        # First, since it is quick and finds what is wrong with the photographs before any image is made.
+        logits = self._baseline()
         images, seconds = self._calibration(cell)
         quantized, cost = quantized_at_a_cost({"bits": cell.bits, "recipe": cell.recipe}, self.model, images)
-        baseline = Replayed(self.model, self._baseline())
         started = time.monotonic()
-        result = self._evaluate(quantized, baseline)
+        result = self._evaluate(quantized, Replayed(self.model, logits))
         return result.to_dict() | {
             "peak_memory_mb": cost["peak_memory_mb"],
             "seconds": {
@@ -93,7 +91,9 @@ class Workshop:
         if cell.images == "real":
             real = dfq.real_images(self.model, arguments.train, NUM_IMAGES, seed=arguments.seed)
             return real, round(time.monotonic() - started, 1)
-        name = f"{cell.timm}-{cell.images}-{cell.iterations or 0}-{arguments.precision}-seed{arguments.seed}"
+        weights = arguments.checkpoint.get(cell.model)
+        model = cell.timm if weights is None else f"{cell.timm}-{weights.stem}"
+        name = f"{model}-{cell.images}-{cell.iterations or 0}-{arguments.precision}-seed{arguments.seed}"
         folder = arguments.out / "sets" / name
         timing = folder.with_name(f"{name}.seconds")
         fresh = not folder.exists()

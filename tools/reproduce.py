@@ -103,6 +103,8 @@ def setting_line(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
     line: dict[str, Any] = {name: getattr(cell, name) for name in ("table", "model", "kind", "name", "bits")}
     line |= {"timm": cell.timm, "images": cell.images, "recipe": cell.recipe, "iterations": cell.iterations}
     line |= {"limit": arguments.limit, "precision": arguments.precision, "seed": arguments.seed}
+    weights = arguments.checkpoint.get(cell.model)
+    line["weights"] = "of timm" if weights is None else weights.name
     if cell.images == "real" and arguments.train is not None and arguments.imagenet is not None:
         line["calibrated_on_measured"] = arguments.train.resolve() == arguments.imagenet.resolve()
     return line
@@ -110,7 +112,7 @@ def setting_line(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def setting_of(line: dict[str, Any]) -> tuple[Any, ...]:
     """Accuracy hangs on how many images, speed does not."""
-    keys = ["table", "model", "kind", "name", "bits", "iterations", "precision", "seed"]
+    keys = ["table", "model", "kind", "name", "bits", "iterations", "precision", "seed", "weights"]
     return tuple(line[key] for key in keys) + ((line["limit"],) if line["kind"] == "accuracy" else ())
 
 

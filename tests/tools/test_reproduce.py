@@ -234,6 +234,10 @@ def test_weights_of_the_user(tool: Any, small: None, command: list[str], tmp_pat
     line = lines_in(tmp_path / "out")[0]
     assert line["weights"] == "mine.pt"
     assert line["baseline_top1"] < 50
+    # Those of timm are another measurement, on other images.
+    assert tool.main(command) == 0
+    assert [line["weights"] for line in lines_in(tmp_path / "out")] == ["mine.pt"] * 3 + ["of timm"] * 3
+    assert lines_in(tmp_path / "out")[3]["baseline_top1"] > 90
 
 
 @pytest.mark.parametrize(
