@@ -65,7 +65,7 @@ def _done(line: dict[str, Any] | None) -> bool:
 def _accuracy_table(cells: Sequence[Cell], best: dict[tuple[str, ...], dict[str, Any]], skipped: str) -> str:
     rows = [
         "| model | images by | bits | published | ours [95 %] | difference | published drop | our drop [95 %] "
-        "| seconds (estimated) | ours measured on |",
+        "| seconds: generate + quantize + evaluate (estimated) | ours measured on |",
         "|---" * 10 + "|",
     ]
     for cell in cells:
@@ -119,7 +119,7 @@ def _departures(cell: Cell, line: dict[str, Any]) -> str:
     if cell.kind == "accuracy":
         told.append(f"{line['num_images']:,} images")
         if line["num_images"] < IMAGENET:
-            told[-1] += f" of {IMAGENET:,}"
+            told[-1] += f" instead of {IMAGENET:,}"
     if cell.iterations and line["iterations"] != cell.iterations:
         told.append(f"{line['iterations']:,} of {cell.iterations:,} iterations")
     if cell.iterations and line["precision"] != "fp32":

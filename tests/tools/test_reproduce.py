@@ -176,7 +176,7 @@ def test_a_run_that_was_killed_goes_on(
     # On other images it is another measurement.
     assert tool.main([*command, "--limit", "10"]) == 0
     assert made[1:] == [("gaussian", "w8a8"), ("smi", "w8a8"), ("smi", "w4a8")]
-    assert "40 images of 50,000" in (out / "reproduction.md").read_text()
+    assert "40 images instead of 50,000" in (out / "reproduction.md").read_text()
 
 
 def test_the_logits_of_full_precision_are_those_of_the_same_images(
@@ -293,7 +293,7 @@ def test_a_row_by_hand(tool: Any, published: Any, small: None) -> None:
         estimated={"generate": 50.0, "quantize": 2.0, "evaluate": 22.0},
     )
     text = tool.to_markdown(cells, [trial])
-    assert "| ? + 3 + 20 (50 + 2 + 22) | 1,000 images of 50,000; 2 of 3 iterations; inverted in bf16 |" in text
+    assert "| ? + 3 + 20 (50 + 2 + 22) | 1,000 images instead of 50,000; 2 of 3 iterations; inverted in bf16 |" in text
     # The one on more images is shown, whichever came first, and any number rather than a failure.
     assert tool.to_markdown(cells, [measured(), trial]) == tool.to_markdown(cells, [trial, measured()])
     failed = {key: trial[key] for key in ("table", "model", "kind", "name", "bits")} | {"error": "no"}
