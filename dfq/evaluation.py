@@ -48,10 +48,10 @@ class Comparison:
         """See `Evaluation.from_dict`."""
         sqnr = content["logit_sqnr_db"]
         return cls(
-            baseline_top1=float(content["baseline_top1"]),
+            baseline_top1=_percent(content["baseline_top1"]),
             drop=float(content["drop"]),
             drop_ci95=_pair(content["drop_ci95"]),
-            agreement=float(content["agreement"]),
+            agreement=_percent(content["agreement"]),
             mcnemar_p=float(content["mcnemar_p"]),
             logit_sqnr_db=math.inf if sqnr is None else float(sqnr),
         )
@@ -73,9 +73,10 @@ class ClassCounts:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ClassCounts:
         """See `Evaluation.from_dict`."""
+        label, all = _count(content["label"]), _count(content["num_images"], 1)
         compared = (content["baseline_right"], content["agreeing"])
-        right, same = (None if count is None else int(count) for count in compared)
-        return cls(int(content["label"]), int(content["num_images"]), int(content["right"]), right, same)
+        right, same = (None if count is None else _count(count, 0, all) for count in compared)
+        return cls(label, all, _count(content["right"], 0, all), right, same)
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,16 @@ class Evaluation:
             device=str(content["device"]),
             runtime=str(content["runtime"]),
             seed=None if content["seed"] is None else int(content["seed"]),
-            num_images=int(content["num_images"]),
-            top1=float(content["top1"]),
+            num_images=_count(content["num_images"], 1),
+            top1=_percent(content["top1"]),
             top1_ci95=_pair(content["top1_ci95"]),
-            top5=float(content["top5"]),
+            top5=_percent(content["top5"]),
             images_per_second=float(content["images_per_second"]),
             weight_bytes=int(content["weight_bytes"]),
             versions={str(name): str(number) for name, number in content["versions"].items()},
             comparison=Comparison.from_dict(content) if "drop" in content else None,
             classes=tuple(ClassCounts.from_dict(counts) for counts in content.get("classes", ())),
-            changed=tuple((int(a), int(b), int(n)) for a, b, n in content.get("changed", ())),
+            changed=tuple((_count(a), _count(b), _count(n)) for a, b, n in content.get("changed", ())),
         )
 
     def table(self) -> str:
@@ -374,6 +375,20 @@ def _evenly_spaced(dataset: Dataset[Any], limit: int) -> Dataset[Any]:
 def _pair(ends: Any) -> tuple[float, float]:
     low, high = ends
     return float(low), float(high)
+
+
+def _count(value: Any, low: int = 0, high: int = 2**53) -> int:
+    """Raises ValueError where it is out of range."""
+    if not low <= int(value) <= high:
+        raise ValueError(f"a count of {value}")
+    return int(value)
+
+
+def _percent(value: Any) -> float:
+    """Raises ValueError where it is none."""
+    if not 0 <= float(value) <= 100:
+        raise ValueError(f"a share of {value} %")
+    return float(value)
 
 
 def _interval(ends: tuple[float, float]) -> str:

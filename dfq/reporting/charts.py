@@ -7,7 +7,7 @@ given as attributes, over which the page's style has its way: it turns them ligh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -55,9 +55,7 @@ def line_chart(title: str, unit: str, steps: Sequence[str], lines: Sequence[Line
         return bottom - (bottom - TOP) * axis.share(value)
 
     parts = [*_opening(title, tall), label(4, 14, unit)]
-    for tick in axis.ticks:
-        parts.append(_rule(LEFT, y(tick), WIDTH - RIGHT, y(tick)))
-        parts.append(label(LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    parts += _rungs(axis, y)
     for index, step in enumerate(steps):
         at = f"{x(index) + 4:.1f} {bottom + 8}"
         parts.append(f'<text transform="translate({at}) rotate(-90)" text-anchor="end">{escape(step)}</text>')
@@ -87,9 +85,7 @@ def interval_chart(title: str, unit: str, points: Sequence[Point], across: str) 
         return bottom - (bottom - TOP) * vertical.share(value)
 
     parts = [*_opening(title, HEIGHT), label(4, 14, unit)]
-    for tick in vertical.ticks:
-        parts.append(_rule(LEFT, y(tick), WIDTH - RIGHT, y(tick)))
-        parts.append(label(LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    parts += _rungs(vertical, y)
     for tick in horizontal.ticks:
         parts.append(_rule(x(tick), TOP, x(tick), bottom))
         parts.append(label(x(tick), bottom + 16, f"{tick:g}", anchor="middle"))
@@ -136,6 +132,13 @@ def _opening(title: str, height: float) -> list[str]:
 
 def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{FAINT}"/>'
+
+
+def _rungs(axis: _Axis, y: Callable[[float], float]) -> Iterator[str]:
+    """A line across the chart at every tick, and its number left of it."""
+    for tick in axis.ticks:
+        yield _rule(LEFT, y(tick), WIDTH - RIGHT, y(tick))
+        yield label(LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end")
 
 
 def _dot(x: float, y: float, colour: str, said: str, *, radius: float = 3.5) -> str:

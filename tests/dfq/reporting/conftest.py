@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +39,30 @@ def w4a8(reference: Model, noise: CalibrationSet) -> QuantizedModel:
     return dfq.quantize(reference, "w4a8", calibration=noise, recipe="paper", progress=False)
 
 
-@pytest.fixture
-def bench_json() -> dict[str, Any]:
-    """What `dfq bench --json` writes, of two rows."""
+@pytest.fixture(scope="session")
+def bench_json() -> Callable[..., dict[str, Any]]:
+    """What `dfq bench --json` writes, of two rows; changes: entries that are to be others."""
 
-    def row(bits: str, latency: float, speed: float, over: float) -> dict[str, Any]:
-        return {
-            "runtime": "openvino",
-            "bits": bits,
-            "size": 250_000,
-            "latency_ms": latency,
-            "images_per_second": speed,
-            "speedup_over_fp32": {"latency": over, "throughput": over + 0.5},
+    def make(**changes: Any) -> dict[str, Any]:
+        def row(bits: str, speed: float) -> dict[str, Any]:
+            return {
+                "runtime": "openvino",
+                "bits": bits,
+                "size": 250_000,
+                "latency_ms": 4.0,
+                "images_per_second": speed,
+                "speedup_over_fp32": {"latency": 1.0, "throughput": speed / 250},
+            }
+
+        plain = {
+            "model": "reference",
+            "bits": "w4a8",
+            "threads": 2,
+            "machine": {"cpu": "A <fast> one"},
+            "versions": {"openvino": "2026.4"},
+            "notes": ["said & done"],
+            "rows": [row("fp32", 250.0), row("w4a8", 375.0)],
         }
+        return plain | changes
 
-    plain = {
-        "model": "reference",
-        "bits": "w4a8",
-        "threads": 2,
-        "machine": {"cpu": "A <fast> one"},
-        "versions": {"openvino": "2026.4"},
-        "notes": ["said & done"],
-        "rows": [row("fp32", 4.0, 250.0, 1.0), row("w4a8", 2.0, 375.0, 2.0)],
-    }
-    assert isinstance(json.dumps(plain), str)
-    return plain
+    return make

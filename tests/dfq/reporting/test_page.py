@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,12 @@ class Tables(HTMLParser):
 
 
 @pytest.fixture(scope="session")
-def page(quantized_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(
+    quantized_folder: Path, bench_json: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """With everything that there can be."""
     folder = tmp_path_factory.mktemp("page")
-    bench = {
-        "model": "reference",
-        "bits": "w4a8",
-        "threads": 2,
-        "machine": {"cpu": "A <fast> one"},
-        "versions": {"openvino": "2026.4"},
-        "notes": ["said & done"],
-        "rows": [
-            {
-                "runtime": "openvino",
-                "bits": bits,
-                "size": 250_000,
-                "latency_ms": 4.0,
-                "images_per_second": speed,
-                "speedup_over_fp32": {"latency": 1.0, "throughput": speed / 250},
-            }
-            for bits, speed in (("fp32", 250.0), ("w4a8", 375.0))
-        ],
-    }
-    (folder / "bench.json").write_text(json.dumps(bench))
+    (folder / "bench.json").write_text(json.dumps(bench_json()))
     costs = [{"name": "head.weight", "bits": 4, "kl": 0.25, "sqnr_db": 12.5, "changed": 50.0}]
     sensitivity = {"model": "reference", "bits": "w4a4", "recipe": "fast", "num_images": 3, "method": "leaves"}
     sensitivity |= {"together": costs[0], "sites": costs}
