@@ -74,38 +74,47 @@ def round_compensated(
     damping = dampings[0]
     if len(dampings) > 1:
         seen, held_out = moment.split()
-        trials = {d: quantizer.dequantize(_round_columns(weight, quantizer, seen, d)) for d in dampings}
-        damping = min(dampings, key=lambda d: _output_error(trials[d] - weight, held_out))
-    return _round_columns(weight, quantizer, moment.values(), damping), damping
+        trials = zip(dampings, _round_columns(weight, quantizer, seen, dampings), strict=True)
+        errors = {d: _output_error(quantizer.dequantize(integers) - weight, held_out) for d, integers in trials}
+        damping = min(dampings, key=lambda d: errors[d])
+    (integers,) = _round_columns(weight, quantizer, moment.values(), [damping])
+    return integers, damping
 
 
 def _output_error(difference: Tensor, moment: Tensor) -> float:
     return float(((difference @ moment) * difference).sum())
 
 
-def _round_columns(weight: Tensor, quantizer: Quantizer, moment: Tensor, damping: float) -> Tensor:
+def _round_columns(weight: Tensor, quantizer: Quantizer, moment: Tensor, dampings: Sequence[float]) -> list[Tensor]:
     """GPTQ (ICLR 2023): column after column, each error spread over the columns still to come.
 
-    weight: [out, in]; moment: [in, in]; damping: what is added to the moment's diagonal, as a share of its mean.
-    Columns with the largest diagonal go first (`act-order`).
+    weight: [out, in]; moment: [in, in]; dampings: what is added to the moment's diagonal, as a share of its mean; gives
+    integers [out, in] for each. Columns with the largest diagonal go first (`act-order`), whatever the damping; so all
+    are rounded side by side.
     """
     out, columns = weight.shape
-    mean = moment.diagonal().mean().double().clamp(min=torch.finfo(torch.float32).tiny)
-    # Channels that are never used leave a zero on the diagonal; something has to stand there whatever the damping.
-    hessian = moment.double() + torch.eye(columns, device=weight.device) * (max(damping, 1e-6) * mean)
-    order = hessian.diagonal().argsort(descending=True)
-    hessian = hessian[order][:, order]
-    # U upper triangular with U^T U = H^-1: row i holds what column i's error does to those after it.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    remaining = weight.float()[:, order]
-    integers = torch.empty_like(weight, dtype=quantizer.dtype)
+    order = moment.diagonal().argsort(descending=True)
+    factor = torch.stack([_spreading(moment[order][:, order], damping) for damping in dampings])
+    remaining = weight.float()[:, order].repeat(len(dampings), 1, 1)
+    integers = torch.empty_like(remaining, dtype=quantizer.dtype)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        errors = torch.empty(out, stop - start, device=weight.device)
+        errors = remaining.new_empty(len(dampings), out, stop - start)
         for i in range(start, stop):
-            codes = quantizer.quantize(remaining[:, i : i + 1])
-            integers[:, order[i]] = codes[:, 0]
-            errors[:, i - start] = (remaining[:, i] - quantizer.dequantize(codes)[:, 0]) / factor[i, i]
-            remaining[:, i:stop] -= errors[:, i - start, None] * factor[i, i:stop]
-        remaining[:, stop:] -= errors @ factor[start:stop, stop:]
-    return integers
+            # As a quantizer of weights takes them: [out, dampings].
+            values = remaining[:, :, i].T
+            codes = quantizer.quantize(values)
+            integers[:, :, order[i]] = codes.T
+            error = (values - quantizer.dequantize(codes)).T / factor[:, i, i, None]
+            errors[:, :, i - start] = error
+            remaining[:, :, i:stop] -= error[:, :, None] * factor[:, None, i, i:stop]
+        remaining[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return list(integers)
+
+
+def _spreading(moment: Tensor, damping: float) -> Tensor:
+    """U [in, in], upper triangular with U^T U = H^-1: row i holds what column i's error does to those after it."""
+    mean = moment.diagonal().mean().double().clamp(min=torch.finfo(torch.float32).tiny)
+    # Channels that are never used leave a zero on the diagonal; something has to stand there whatever the damping.
+    hessian = moment.double() + torch.eye(len(moment), device=moment.device) * (max(damping, 1e-6) * mean)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()

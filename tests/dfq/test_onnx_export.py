@@ -138,12 +138,14 @@ def test_a_byte_for_each_weight_where_that_is_wanted(quantized: QuantizedModel, 
     assert np.abs(onnx.numpy_helper.to_array(stored)).max() <= 8
 
 
-def test_other_grids_are_computed_and_named(reference: Model, noise: CalibrationSet, tmp_path: Path) -> None:
-    quantized = dfq.quantize(reference, "w3a5", calibration=noise, recipe="fast", progress=False)
+def test_other_grids_are_computed_and_named(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet], tmp_path: Path
+) -> None:
+    quantized = dfq.quantize(tiny(), "w3a5", calibration=images_for(), recipe="fast", progress=False)
     exported = dfq.export(quantized, tmp_path / "m.onnx")
     assert {"blocks.0.attn.q", "blocks.1.attn.k"} <= set(exported.elementary)
     assert "elementary operations" in exported.describe()
-    x, _ = noise.batches(4, torch.device("cpu"))[0]
+    x, _ = images_for().batches(4, torch.device("cpu"))[0]
     # At 5 bits one activation that is rounded the other way moves a logit by some hundredths.
     assert (logits(exported.path, x) - quantized(x)).norm() < 0.1 * quantized(x).norm()
 

@@ -12,6 +12,7 @@ import pytest
 import dfq
 from calibration import Plan
 from calibration.calibration_set import CalibrationSet
+from calibration.files import sha256_of
 from dfq.ptq import engine
 from dfq.recipe import load_recipe, preset_names
 from dfq.tried import TRIED
@@ -47,7 +48,10 @@ def test_quantize_evaluate_and_the_json(
         *("top1", "top5", "num_images", "top1_ci95"),
         *("baseline_top1", "drop", "drop_ci95", "agreement", "mcnemar_p", "logit_sqnr_db"),
         *("images_per_second", "weight_bytes", "bits", "model", "device", "runtime", "seed", "versions"),
+        *("classes", "changed", "weights_sha256"),
     }
+    assert sum(counts["num_images"] for counts in result["classes"]) == 445
+    assert result["weights_sha256"] == sha256_of(w8a8 / "model.safetensors")
     assert (result["num_images"], result["bits"], result["model"]) == (445, "w8a8", "reference")
     assert (result["device"], result["seed"]) == ("cpu", 0)
     assert result["baseline_top1"] > 97
