@@ -107,7 +107,7 @@ def judgement(against: Comparison) -> str:
         return "That it lost something is sure."
     if high < 0:
         return "It does better than full precision on these images."
-    return "The interval holds 0: so few images cannot tell the loss from chance."
+    return "The interval holds 0: on these images it may be chance."
 
 
 def _size_card(account: Account) -> Card:
