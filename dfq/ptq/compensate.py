@@ -117,4 +117,5 @@ def _spreading(moment: Tensor, damping: float) -> Tensor:
     mean = moment.diagonal().mean().double().clamp(min=torch.finfo(torch.float32).tiny)
     # Channels that are never used leave a zero on the diagonal; something has to stand there whatever the damping.
     hessian = moment.double() + torch.eye(len(moment), device=moment.device) * (max(damping, 1e-6) * mean)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    return factor.float()
