@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from calibration import CalibrationSet, load_calibration_set
-from calibration.files import sha256_of
 from dfq.architectures import without_weights
 from dfq.checkpoint import CONFIG, WEIGHTS, load, read_description
 from dfq.errors import DfqError
@@ -69,7 +68,9 @@ def account(
     folder = Path(folder)
     quantized = load(folder, device=device)
     origin = quantized.origin
-    checksum = sha256_of(folder / WEIGHTS)
+    # By what stands here `load` has just checked the weights.
+    description = read_description(folder)
+    checksum = str(description["sha256"])
     missing: list[str] = []
     images = None
     if calibration is not None or (folder / _CALIBRATION).is_dir():
@@ -87,7 +88,7 @@ def account(
             if checkpoint is not None:
                 raise
             missing.append(f"It is not compared with full precision layer by layer: {error}.")
-    versions = read_description(folder).get("versions")
+    versions = description.get("versions")
     network = without_weights(origin.architecture, origin.arguments)
     return Account(
         folder=folder,

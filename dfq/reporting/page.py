@@ -147,14 +147,12 @@ def _images_of(of: Account) -> tuple[int, float] | None:
 
 def _depth(accounts: Sequence[Account]) -> Markup:
     """How far each network is from full precision after every stage."""
-    stages: dict[str, None] = {}
-    for of in accounts:
-        stages |= {stage.name: None for stage in (() if of.measured is None else of.measured.stages)}
-    lines = []
-    for of in accounts:
-        known = {stage.name: stage.sqnr_db for stage in (() if of.measured is None else of.measured.stages)}
-        lines.append(Line(of.name, tuple(known.get(name) for name in stages)))
-    return Markup(line_chart("SQNR after each stage", "dB", list(stages), lines))
+    known = [{stage.name: stage.sqnr_db for stage in of.measured.stages} if of.measured else {} for of in accounts]
+    stages = list(dict.fromkeys(name for values in known for name in values))
+    lines = [
+        Line(of.name, tuple(values.get(name) for name in stages)) for of, values in zip(accounts, known, strict=True)
+    ]
+    return Markup(line_chart("SQNR after each stage", "dB", stages, lines))
 
 
 def _rendered(template: str, sections: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from calibration.files import read_json, sha256_of, write_json
-from dfq.checkpoint import WEIGHTS
+from calibration.files import read_json, write_json
+from dfq.checkpoint import read_description
 from dfq.errors import DfqError
 from dfq.evaluation import Evaluation
 from dfq.ptq.engine import QuantizedModel
@@ -98,7 +98,7 @@ def write_evaluation(found: Evaluation, path: Path, folder: Path | None = None) 
 
     Raises DfqError where it cannot be written.
     """
-    noted = {} if folder is None else {WEIGHTS_CHECKSUM: sha256_of(folder / WEIGHTS)}
+    noted = {} if folder is None else {WEIGHTS_CHECKSUM: read_description(folder)["sha256"]}
     write_json(path, found.to_dict(classes=True) | noted)
 
 
@@ -154,8 +154,11 @@ def _check_finite(value: Any) -> None:
 
 
 def _evaluation(path: Path, quantized: QuantizedModel, checksum: str) -> Evaluation:
-    found = _own(path, _parsed(path, "evaluate", Evaluation.from_dict), quantized)
-    noted = read_json(path).get(WEIGHTS_CHECKSUM)
+    def parse(content: Mapping[str, Any]) -> tuple[Evaluation, Any]:
+        return Evaluation.from_dict(content), content.get(WEIGHTS_CHECKSUM)
+
+    evaluation, noted = _parsed(path, "evaluate", parse)
+    found = _own(path, evaluation, quantized)
     if noted not in (None, checksum):
         raise _OtherModelError(f"{path} is of other weights: quantized anew since; evaluate it again")
     return found

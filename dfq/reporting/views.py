@@ -223,22 +223,23 @@ def _picture(tile: Tensor, caption: str) -> Picture:
 
 def matrices(measured: Measured) -> list[Matrix]:
     """Of all sites and layers that are in blocks."""
-    worse = [value for _, value in _sqnrs(measured.sites)]
+    roundings = [(site.name, site.sqnr_db) for site in measured.sites if math.isfinite(site.sqnr_db)]
     sites = _matrix(
         "Rounding of each activation, SQNR in dB",
         "Power of the values over that of what rounding alone changed. The stronger the tint, the lower.",
-        _sqnrs(measured.sites),
+        roundings,
         lambda value: f"{value:.0f}",
-        _lowness(worse),
+        _lowness([value for _, value in roundings]),
     )
     largest = [(site.name, max(abs(site.low), abs(site.high))) for site in measured.sites]
-    spread = [math.log10(value) for _, value in largest if value > 0]
+    sizes = [math.log10(value) for _, value in largest if value > 0]
+    smallest, biggest = min(sizes, default=0.0), max(sizes, default=0.0)
     ranges = _matrix(
         "Largest magnitude of each activation",
         "As it came to the quantizer. A row that is tinted in one block only has outliers there.",
         largest,
         lambda value: f"{value:.3g}",
-        lambda value: _between(math.log10(value), min(spread), max(spread)) if value > 0 else 0.0,
+        lambda value: _between(math.log10(value), smallest, biggest) if value > 0 else 0.0,
     )
     distances = [(layer.name, layer.sqnr_db) for layer in measured.layers if math.isfinite(layer.sqnr_db)]
     layers = _matrix(
@@ -251,16 +252,13 @@ def matrices(measured: Measured) -> list[Matrix]:
     return [matrix for matrix in (layers, sites, ranges) if matrix.rows]
 
 
-def _sqnrs(sites: Iterable[SiteRounding]) -> list[tuple[str, float]]:
-    return [(site.name, site.sqnr_db) for site in sites if math.isfinite(site.sqnr_db)]
-
-
 def _between(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.0
 
 
 def _lowness(values: Sequence[float]) -> Callable[[float], float]:
-    return lambda value: 1.0 - _between(value, min(values), max(values)) if max(values) > min(values) else 0.0
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    return lambda value: 1.0 - _between(value, low, high) if high > low else 0.0
 
 
 def _matrix(
