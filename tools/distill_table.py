@@ -4,9 +4,9 @@
         --teacher vit_tiny_patch16_224=teacher.safetensors --student deit_tiny_patch16_224=deit_tiny.safetensors
 
 tools/fit_teacher.py makes the teacher. For every method and seed one line of JSON in --results: images, seconds and
-accuracy after every round, under a constant learning rate, so that every round is a student of its own. Lines that are
-there are not made again, and a transfer that was stopped goes on; students and pools lie beside --results. The method
-`real` draws on --real-images instead of making any: a ceiling.
+accuracy after every round. Lines that are there are not made again, and a transfer that was stopped goes on; students
+and pools lie beside --results. `natural+waves` shares the images of a round between two methods. `real` draws on
+--real-images instead of making any: a ceiling. --fits also teaches students in other ways, from pools that are there.
 --markdown prints the table of all lines; --write FILE.md puts it into a page, between
 `<!-- students: RESULTS.jsonl -->` and `<!-- end -->`. One machine, nothing else running: the seconds are measured.
 """
@@ -14,6 +14,7 @@ there are not made again, and a transfer that was stopped goes on; students and 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,8 +24,16 @@ from accuracy_table import append, between_marks, machine, read_lines, shown
 
 import dfq
 
-KEY = ("teacher", "student", "method", "seed", "rounds", "round_images")
-METHODS = ["waves", "smi", "dense", "pri", "natural", "gaussian"]
+KEY = ("teacher", "student", "method", "seed", "rounds", "round_images", "fit")
+METHODS = ["natural+waves", "waves", "natural", "leaves", "dense", "smi", "pri", "gaussian"]
+DEFAULT_FIT = "ridge"
+FITS = {
+    DEFAULT_FIT: dfq.Training(optimizer="ridge"),
+    "ridge, level on the pool": dfq.Training(optimizer="ridge", level="pool"),
+    "ridge, no windows": dfq.Training(optimizer="ridge", windows=0),
+    # Every round is a student of its own.
+    "sgd, temperature 20": dfq.Training(optimizer="sgd", steps=200, learning_rate=0.003, decay="constant"),
+}
 
 
 def main() -> None:
@@ -39,26 +48,35 @@ def main() -> None:
     known = {tuple(line[key] for key in KEY) for line in lines}
     teacher = dfq.load_model(teacher_name, checkpoint=teacher_weights or None, crop_pct=arguments.crop_pct)
     for seed in arguments.seeds:
-        for method in arguments.methods:
+        for method, fit in [(method, fit) for method in arguments.methods for fit in (DEFAULT_FIT, *arguments.fits)]:
             cell = {"teacher": teacher_name, "student": student_name, "method": method, "seed": seed}
-            cell |= {"rounds": arguments.rounds, "round_images": arguments.round_images}
+            cell |= {"rounds": arguments.rounds, "round_images": arguments.round_images, "fit": fit}
             if tuple(cell[key] for key in KEY) in known:
                 continue
+            out = arguments.results.parent / "students" / f"{student_name}-{method}-{seed}"
+            methods = method.split("+")
+            training, calibration = FITS[fit], None
+            if method == "real":
+                calibration = real_images(teacher, arguments)
+                # They have nothing in common that photographs do not have.
+                training = replace(training, level="pool")
+            elif fit != DEFAULT_FIT:
+                pools = [out / "pool"] if len(methods) == 1 else [out / "pool" / name for name in methods]
+                calibration = [dfq.load_calibration_set(pool) for pool in pools]
             student = dfq.load_student(
                 student_name, teacher, checkpoint=student_weights or None, fresh_classifier=True, seed=seed
             )
-            training = dfq.Training(steps=arguments.steps, learning_rate=arguments.learning_rate, decay="constant")
             result = dfq.distill(
                 teacher,
                 student,
-                method,
+                methods,
                 rounds=arguments.rounds,
-                num_images=arguments.round_images,
+                num_images=arguments.round_images // len(methods),
                 training=training,
-                calibration=real_images(teacher, arguments) if method == "real" else None,
+                calibration=calibration,
                 data=arguments.images,
                 seed=seed,
-                out=arguments.results.parent / "students" / f"{student_name}-{method}-{seed}",
+                out=out if fit == DEFAULT_FIT else None,
             )
             line = cell | {"training": training.to_dict(), "result": result.to_dict(), "machine": machine()}
             line |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(teacher.device)}
@@ -90,13 +108,15 @@ def generating(rounds: list[dict[str, Any]]) -> float:
 
 
 def to_markdown(lines: list[dict[str, Any]]) -> str:
-    """One table: a row for each method; columns at two numbers of images and at the time of the quickest inversion."""
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    runs = {method: [line["result"]["rounds"] for line in lines if line["method"] == method] for method in methods}
+    """Tables: a row for each method, with columns at two numbers of images and at the time of the quickest inversion;
+    and where students were taught in other ways too, a row for each."""
+    usual = [line for line in lines if line["fit"] == DEFAULT_FIT] or lines
+    methods = list(dict.fromkeys(line["method"] for line in usual))
+    runs = {method: [line["result"]["rounds"] for line in usual if line["method"] == method] for method in methods}
     # Sources without inversion take no time worth comparing.
     inverted = [seconds_of(rounds) for found in runs.values() for rounds in found if generating(rounds) > _QUICK]
     budget = min(inverted, default=0.0)
-    last = lines[0]["result"]["images"]
+    last = usual[0]["result"]["images"]
     # A pool that is whole from the first round on has no half.
     half = min(rounds[(len(rounds) - 1) // 2]["images"] for found in runs.values() for rounds in found)
     head = f"| images by | {half} images | {last} images | seconds for {last} | after {budget:.0f} s |"
@@ -107,16 +127,20 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         timed = [after(rounds, budget) for rounds in found]
         cells = [_over_seeds(at_half), _over_seeds(whole), f"{mean(seconds_of(rounds) for rounds in found):.0f}"]
         text.append(f"| {' | '.join([f'`{method}`', *cells, _over_seeds(timed)])} |")
+    others = {line["method"]: None for line in lines if line["fit"] != DEFAULT_FIT}
+    for method in others if len(usual) < len(lines) else ():
+        text += ["", f"| taught on {last} images by `{method}` | |", "|---|---|"]
+        for fit in dict.fromkeys(line["fit"] for line in lines if line["method"] == method):
+            whole = [line["result"]["top1"] for line in lines if (line["method"], line["fit"]) == (method, fit)]
+            text.append(f"| {fit} | {_over_seeds(whole)} |")
     first = lines[0]
     teacher_top1 = first["result"]["teacher_top1"]
     seeds = sorted({line["seed"] for line in lines})
-    training = first["training"]
     listed = ", ".join(map(str, seeds))
     over = f"the mean over seeds {listed}, in brackets lowest and highest" if len(seeds) > 1 else f"seed {listed}"
     text.append(
         f"\nTop-1 in percent of a {first['student']} taught by a {first['teacher']} that has {teacher_top1:.1f}; "
-        f"{over}. {training['steps']} steps per round, {training['part']}, constant learning rate "
-        f"{training['learning_rate']}. {first['machine']}, threads: {first['threads']}; torch {first['torch']}.\n"
+        f"{over}. {first['machine']}, threads: {first['threads']}; torch {first['torch']}.\n"
     )
     return "\n".join(text)
 
@@ -148,8 +172,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--round-images", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200, help="per round")
-    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument(
+        "--fits",
+        nargs="+",
+        default=[],
+        choices=[fit for fit in FITS if fit != DEFAULT_FIT],
+        metavar="FIT",
+        help="other ways to teach: " + "; ".join(fit for fit in FITS if fit != DEFAULT_FIT),
+    )
     parser.add_argument("--results", type=Path, default=Path("runs/students/results.jsonl"))
     parser.add_argument("--threads", type=int, help="of PyTorch; all cores where it is not given")
     parser.add_argument("--markdown", action="store_true", help="print the table of --results")

@@ -34,22 +34,39 @@ def options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--rounds", type=positive, default=10, metavar="N", help="of making images and training (default: %(default)s)"
     )
-    training.add_argument("--steps", type=positive, default=100, metavar="N", help="per round (default: %(default)s)")
-    training.add_argument(
-        "--train-batch-size", type=positive, default=128, metavar="N", help="images per step (default: %(default)s)"
-    )
     training.add_argument(
         "--windows",
         type=count,
         default=9,
         metavar="N",
-        help="random windows of each whole image that are shown besides it (default: %(default)s)",
+        help="random windows of each image that are shown besides it (default: %(default)s)",
+    )
+    training.add_argument(
+        "--opt",
+        choices=("ridge", "sgd", "adamw"),
+        help="ridge: a linear classifier in closed form (default: ridge; sgd where more is trained; of a quantized "
+        "student adamw)",
+    )
+    training.add_argument(
+        "--shrinkage",
+        type=finite,
+        default=0.3,
+        metavar="X",
+        help="of ridge: share of the features' mean square that is added to it (default: %(default)s)",
+    )
+    training.add_argument(
+        "--level",
+        choices=("origin", "pool"),
+        help="of ridge: where all classes are to be equally likely, at the features' origin or on the pool as the "
+        "teacher has it (default: origin, where features are given by a LayerNorm)",
+    )
+    training = parser.add_argument_group("training by sgd or adamw")
+    training.add_argument("--steps", type=positive, default=100, metavar="N", help="per round (default: %(default)s)")
+    training.add_argument(
+        "--train-batch-size", type=positive, default=128, metavar="N", help="images per step (default: %(default)s)"
     )
     training.add_argument(
         "--temperature", type=above_zero, default=20.0, metavar="X", help="of both distributions (default: %(default)s)"
-    )
-    training.add_argument(
-        "--opt", choices=("sgd", "adamw"), help="optimizer (default: sgd; of a quantized student adamw)"
     )
     training.add_argument("--lr", type=above_zero, metavar="X", help="learning rate (default: one that suits the rest)")
     training.add_argument("--momentum", type=finite, default=0.9, metavar="X", help="of sgd (default: %(default)s)")
@@ -61,12 +78,16 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("calibration images that are there (default: some are made)")
     group.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="train on a set that `dfq generate` made, and make no other"
+        "--calibration",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="train on sets that `dfq generate` made, and make no other",
     )
     group.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="labelled, one folder per class, to measure teacher and student on"
     )
-    add_image_options(parser, num_images=64, trace=False, method="smi", round_by_round=True)
+    add_image_options(parser, num_images=32, trace=False, methods=("natural", "waves"))
     add_output_options(parser, "folder for the student, the pool, log and curve; one that was begun is continued")
 
 
@@ -84,7 +105,9 @@ def run(arguments: argparse.Namespace) -> None:
         windows=arguments.windows,
         batch_size=arguments.train_batch_size,
         temperature=arguments.temperature,
-        optimizer=arguments.opt or ("adamw" if quantized else "sgd"),
+        optimizer=arguments.opt,
+        shrinkage=arguments.shrinkage,
+        level=arguments.level,
         learning_rate=arguments.lr,
         momentum=arguments.momentum,
         weight_decay=arguments.weight_decay,
@@ -92,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     arguments.batch_size = arguments.num_images
     arguments.model = arguments.teacher
-    plan = plan_of(arguments)
+    plans = [plan_of(arguments, method) for method in arguments.method]
     if quantized and (arguments.student_checkpoint or arguments.student_random_weights):
         raise UsageError(f"{arguments.student} is a quantized model and has its weights; leave out those for it")
     teacher = model_of(arguments)
@@ -111,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = dfq.distill(
         teacher,
         student,
-        plan=plan,
+        plan=plans,
         rounds=arguments.rounds,
         training=training,
         calibration=arguments.calibration,

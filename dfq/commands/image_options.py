@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,21 +19,31 @@ def add_image_options(
     *,
     num_images: int | None = 32,
     trace: bool = True,
-    method: str = "natural",
-    round_by_round: bool = False,
+    methods: Sequence[str] = (),
 ) -> None:
-    """num_images, method: the defaults, None for the number that the recipe says."""
+    """num_images: the default, None for the number that the recipe says; methods: the default of a command that takes
+    several and makes images round by round."""
+    round_by_round = bool(methods)
     group = parser.add_argument_group("calibration images that are made")
-    group.add_argument(
-        "--method", default=method, metavar="NAME", help="how; see `dfq list methods` (default: %(default)s)"
-    )
+    if methods:
+        group.add_argument(
+            "--method",
+            nargs="+",
+            default=list(methods),
+            metavar="NAME",
+            help=f"how, each as many; see `dfq list methods` (default: {' '.join(methods)})",
+        )
+    else:
+        group.add_argument(
+            "--method", default="natural", metavar="NAME", help="how; see `dfq list methods` (default: %(default)s)"
+        )
     group.add_argument(
         "-n",
         "--num-images",
         type=positive,
         default=num_images,
         metavar="N",
-        help=f"how many{' per round' * round_by_round} (default: {num_images or 'as the recipe says'})",
+        help=f"how many{' by each method in a round' * round_by_round} (default: {num_images or 'as the recipe says'})",
     )
     group.add_argument(
         "--iterations",
@@ -83,15 +94,19 @@ def add_image_options(
         group.add_argument("--trace", action="store_true", help="also draw how the first images came about: trace.png")
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
-    """How images are to be generated. Raises UsageError: it is made before anything else is done."""
+def plan_of(arguments: argparse.Namespace, method: str | None = None) -> Plan:
+    """How images are to be generated. Raises UsageError: it is made before anything else is done.
+
+    method: of several, the one that this plan is of.
+    """
     from calibration import Plan
     from dfq.errors import DfqError, UsageError
     from dfq.generation import chosen_schedule
 
+    method = method or arguments.method
     iterations = None if arguments.iterations == "auto" else arguments.iterations
     schedule = chosen_schedule(
-        arguments.method,
+        method,
         arguments.schedule,
         stops=arguments.stop_at,
         ratio=arguments.stop_ratio,
@@ -99,7 +114,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     )
     try:
         return Plan(
-            method=arguments.method,
+            method=method,
             num_images=arguments.num_images,
             iterations=iterations,
             batch_size=arguments.batch_size,

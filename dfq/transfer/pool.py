@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.functional import resized_crop
+from torchvision.transforms.functional import resize, resized_crop
 
 from calibration import CalibrationSet
 from calibration.calibration_set import normalise
@@ -28,6 +28,9 @@ AREA = (0.25, 1.0)
 
 ASPECT = (3 / 4, 4 / 3)
 """Of a window, width to height."""
+
+COARSEST = 1 / 7
+"""Share of its rows and columns that a picture is left where it is seen at a lower resolution."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,10 @@ def of_one_size(mask: Tensor) -> Iterator[Tensor]:
 class Pool:
     """Images as they come, windows of them, and the teacher's logits for each picture, taken once.
 
-    windows: of each whole image, besides itself; sparse ones have none. A picture has a number: that of its image times
-    `windows + 1`, and the image itself comes first. hold_out: of so many images the last one is never drawn, 0 for
-    none, nor are its windows.
+    windows: of each image, besides itself; of a sparse one each is all of it, since a part is no longer made of whole
+    patches. They are mirrored or not, and every other one is seen at a lower resolution. A picture has a number: that
+    of its image times `windows + 1`, and the image itself comes first. hold_out: of so many images the last one is
+    never drawn, 0 for none, nor are its windows.
     """
 
     def __init__(self, teacher: View, hold_out: int, windows: int = 0) -> None:
@@ -80,13 +84,14 @@ class Pool:
     def add(self, part: CalibrationSet) -> None:
         """Take in images, and ask the teacher what it makes of them."""
         first = self.num_images
-        boxes = torch.stack([self._boxes(first + index, image) for index, image in enumerate(part.images)])
+        pairs = zip(part.images, part.mask, strict=True)
+        boxes = torch.stack([self._boxes(first + index, *pair) for index, pair in enumerate(pairs)])
         logits = torch.zeros(len(part) * self._per_image, self._teacher.network.num_classes)
         parts = [*self._parts, (part.images, part.mask, boxes, logits)]
         self._parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]  # type: ignore[list-item]
         new = torch.arange(first * self._per_image, len(self))
         with torch.inference_mode():
-            self.fill(self.logits, new[self._shown(new)], self._teacher)
+            self.fill(self.logits, new, self._teacher)
 
     def fill(self, values: Tensor, chosen: Tensor, look: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Set values[number] to what `look` makes of each chosen picture and its mask, the work shared by the team."""
@@ -107,26 +112,39 @@ class Pool:
         return [some for group in alike for some in torch.split(chosen[group], size)]
 
     def _look(self, some: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._picture(int(number)) for number in some]), self._mask[some // self._per_image]
+        looks = [self._picture(int(number)) for number in some]
+        return torch.stack([picture for picture, _ in looks]), torch.stack([mask for _, mask in looks])
 
-    def _picture(self, number: int) -> Tensor:
+    def _picture(self, number: int) -> tuple[Tensor, Tensor]:
+        """uint8 [3, H, W], bool [rows, columns]"""
         image, window = divmod(number, self._per_image)
-        picture = self._parts[0][0][image]
+        pictures, masks, boxes, _ = self._parts[0]
+        picture, mask = pictures[image], masks[image]
         if window == 0:
-            return picture
-        top, left, height, width, mirrored = self._parts[0][2][image, window - 1].tolist()
-        cut: Tensor = resized_crop(picture, top, left, height, width, list(picture.shape[-2:]), antialias=True)
-        return cut.flip(-1) if mirrored else cut
+            return picture, mask
+        top, left, height, width, mirrored, rows, columns = boxes[image, window - 1].tolist()
+        whole = list(picture.shape[-2:])
+        picture = resized_crop(picture, top, left, height, width, [rows, columns], antialias=True)
+        if [rows, columns] != whole:
+            picture = resize(picture, whole, antialias=True)
+        return (picture.flip(-1), mask.flip(-1)) if mirrored else (picture, mask)
 
-    def _boxes(self, number: int, image: Tensor) -> Tensor:
-        """int [windows, 5]: top, left, height, width in pixels, and whether mirrored; by the number of the image."""
+    def _boxes(self, number: int, image: Tensor, mask: Tensor) -> Tensor:
+        """int [windows, 7], by the number of the image: top, left, height, width in pixels, whether mirrored, and the
+        rows and columns that it is seen at."""
+        height, width = image.shape[-2:]
+        boxes = []
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(number)
-            boxes = [
-                [*RandomResizedCrop.get_params(image, list(AREA), list(ASPECT)), int(torch.rand(()) < 0.5)]
-                for _ in range(self._per_image - 1)
-            ]
-        return torch.tensor(boxes, dtype=torch.int64).view(-1, 5)
+            for window in range(self._per_image - 1):
+                box = (0, 0, height, width)
+                if bool(mask.all()):
+                    box = RandomResizedCrop.get_params(image, list(AREA), list(ASPECT))
+                mirrored, lower = torch.rand(2).tolist()
+                share = COARSEST**lower if window % 2 else 1.0
+                sides = [max(1, round(side * share)) for side in (height, width)]
+                boxes.append([*box, int(mirrored < 0.5), *sides])
+        return torch.tensor(boxes, dtype=torch.int64).view(-1, 7)
 
     @property
     def _mask(self) -> Tensor:
@@ -135,7 +153,7 @@ class Pool:
 
     @property
     def logits(self) -> Tensor:
-        """[pictures, C], the teacher's; zeros for windows that are never shown."""
+        """[pictures, C], the teacher's."""
         return self._parts[0][3]
 
     @property
@@ -151,18 +169,13 @@ class Pool:
     def trained_on(self) -> Tensor:
         """Numbers of the pictures that may be drawn."""
         pictures = torch.arange(len(self))
-        return pictures[self._shown(pictures) & ~self._held_out(pictures)]
+        return pictures[~self._held_out(pictures)]
 
     @property
     def held_out(self) -> Tensor:
         """Numbers of the images that may not."""
         pictures = torch.arange(len(self))
         return pictures[(pictures % self._per_image == 0) & self._held_out(pictures)]
-
-    def _shown(self, pictures: Tensor) -> Tensor:
-        """Images, and windows of whole ones."""
-        whole = self._mask.flatten(1).all(1)
-        return (pictures % self._per_image == 0) | whole[pictures // self._per_image]
 
     def _held_out(self, pictures: Tensor) -> Tensor:
         if not self._hold_out:

@@ -1,4 +1,4 @@
-"""What of a student is trained, and one step of it."""
+"""What of a student is trained, and how: one step, or all at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,9 +23,10 @@ from dfq.ptq.engine import QuantizedModel
 from dfq.ptq.tuning import Tuned, tunable
 from dfq.recipe import Reconstruction
 from dfq.transfer.pool import Pool, View
+from dfq.transfer.ridge import Level, classifier_of, ends_in_layer_norm
 from dfq.transfer.student import classifiers_of
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["ridge", "sgd", "adamw"]
 Decay = Literal["cosine", "constant"]
 
 _LAST = re.compile(r"last-([1-9][0-9]*)")
@@ -36,11 +37,19 @@ class Training:
     """How a student is trained.
 
     part: `linear`, the classifier alone (SMI, section 4.3); `last-K`, also the last K layers below it, as timm groups
-    them: blocks, in a ViT; `full`, everything. steps: per round; batch_size: pictures per step; windows: of each whole
-    image that are shown besides it, at random, of a quarter of its area or more, each with what the teacher makes of
-    it, none of sparse images; temperature: of both distributions in the Kullback-Leibler divergence, which is
-    multiplied by its square (Hinton et al., 2015); learning_rate: at the start, None for one that suits the rest;
-    decay: of the rate over the whole run.
+    them: blocks, in a ViT; `full`, everything. windows: of each image, at random, that are shown besides it, of a
+    quarter of its area or more, mirrored, at a lower resolution, each with what the teacher makes of it.
+
+    optimizer: `ridge`, for a classifier that is one linear layer and trained alone: the least squares between the
+    logits of both, to which the divergence comes at a high temperature (Hinton et al., 2015, section 2.1), in closed
+    form, see `classifier_of`; None: that, or `sgd` where that cannot be, or `adamw` for a quantized student.
+    shrinkage: of `ridge`, what is added to the second moment of the features, as a share of its mean diagonal; level:
+    of `ridge`, where all classes are to be equally likely, see `classifier_of`; None: at the origin of features that a
+    LayerNorm gives, at the mean of the pool for others.
+
+    Of the others, steps: per round; batch_size: pictures per step; temperature: of both distributions in the
+    Kullback-Leibler divergence, which is multiplied by its square (Hinton et al., 2015); learning_rate: at the start,
+    None for one that suits the rest; decay: of the rate over the whole run.
 
     Raises UsageError for what cannot be meant.
     """
@@ -50,7 +59,9 @@ class Training:
     batch_size: int = 128
     windows: int = 9
     temperature: float = 20.0
-    optimizer: Optimizer = "sgd"
+    optimizer: Optimizer | None = None
+    shrinkage: float = 0.3
+    level: Level | None = None
     learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -59,8 +70,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.part not in ("linear", "full") and not _LAST.fullmatch(self.part):
             raise UsageError(f"cannot train {self.part!r} of a student: choose linear, full or last-K (last-2)")
-        for name, known in (("optimizer", get_args(Optimizer)), ("decay", get_args(Decay))):
-            if getattr(self, name) not in known:
+        for name, known in (("optimizer", get_args(Optimizer)), ("decay", get_args(Decay)), ("level", get_args(Level))):
+            if getattr(self, name) not in (*known, *[None] * (name != "decay")):
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
@@ -71,6 +82,10 @@ class Training:
             raise UsageError(f"the temperature must be a positive number, not {self.temperature}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UsageError(f"the learning rate must be a positive number, not {self.learning_rate}")
+        if self.optimizer == "ridge" and self.part != "linear":
+            raise UsageError(f"ridge is for a classifier that is trained alone, not for {self.part}")
+        if not 0 <= self.shrinkage < math.inf:
+            raise UsageError(f"the shrinkage must be 0 or more, not {self.shrinkage}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"the momentum must be at least 0 and below 1, not {self.momentum}")
         if not 0 <= self.weight_decay < math.inf:
@@ -79,6 +94,14 @@ class Training:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+    def settled(self, student: Model | QuantizedModel) -> Training:
+        """The same with everything chosen that hangs on the student."""
+        if isinstance(student, QuantizedModel):
+            return replace(self, optimizer=self.optimizer or "adamw")
+        whole = self.part == "linear" and _linear_classifier(student.module) is not None
+        level: Level = "origin" if ends_in_layer_norm(student.module) else "pool"
+        return replace(self, optimizer=self.optimizer or ("ridge" if whole else "sgd"), level=self.level or level)
 
     def share(self, step: int, steps: int) -> float:
         """Of the learning rate that is left at `step` of `steps`."""
@@ -99,6 +122,10 @@ def check_part(student: Model | QuantizedModel, training: Training) -> None:
     """Raise DfqError where the student cannot be trained like that."""
     if isinstance(student, Model):
         _chosen(student, training.part)
+        if training.optimizer == "ridge" and _linear_classifier(student.module) is None:
+            raise UsageError(
+                f"the classifier of {student.name} is more than one linear layer: train it by sgd or adamw"
+            )
     elif training.part != "full":
         raise DfqError(f"a quantized student is trained in full, not {training.part}: give --train full")
     elif training.optimizer != "adamw":
@@ -165,6 +192,17 @@ class Trainee:
             return
         for some, images, mask in pool.batches(chosen):
             yield some, self.view(images, mask)
+
+    def solve(self, pool: Pool, chosen: Tensor, shrinkage: float, level: Level) -> None:
+        """Give a classifier that alone is trained what `classifier_of` finds on the chosen pictures."""
+        classifier = self._classifier
+        if classifier is None:
+            raise RuntimeError("only one linear classifier that is trained alone has a closed form")
+        self._look_at_what_is_new(pool, classifier)
+        weight, bias = classifier_of(self._features[chosen], pool.logits[chosen], shrinkage, level)
+        classifier.weight.copy_(weight)
+        if classifier.bias is not None:
+            classifier.bias.copy_(bias)
 
     @property
     def shares_steps(self) -> bool:
@@ -241,8 +279,7 @@ def trained(view: View, training: Training) -> Iterator[Trainee]:
     modes = [(part, part.training) for part in module.modules()]
     # What is frozen stays as it is used: norms over a batch with their own statistics, no dropout.
     module.train(training.part == "full")
-    rate = training.learning_rate or _RATES[training.optimizer, training.part == "linear"]
-    classifier: Any = module.get_classifier()  # type: ignore[operator]
+    rate = training.learning_rate or _RATES.get((training.optimizer, training.part == "linear"), 0.0)
     try:
         for name in names:
             parameters[name].requires_grad_(True)
@@ -250,7 +287,7 @@ def trained(view: View, training: Training) -> Iterator[Trainee]:
             view,
             [([parameters[name] for name in names], rate)],
             {name: parameters[name] for name in names} | dict(module.named_buffers()),
-            classifier=classifier if training.part == "linear" and type(classifier) is nn.Linear else None,
+            classifier=_linear_classifier(module) if training.part == "linear" else None,
         )
     finally:
         for part, mode in modes:
@@ -259,7 +296,7 @@ def trained(view: View, training: Training) -> Iterator[Trainee]:
 
 
 # By optimizer, and whether the classifier alone is trained.
-_RATES: dict[tuple[str, bool], float] = {
+_RATES: dict[tuple[Optimizer | None, bool], float] = {
     ("sgd", True): 0.003,
     ("sgd", False): 0.01,
     ("adamw", True): 1e-3,
@@ -280,6 +317,12 @@ def _quantized(network: QuantizedModel, view: View, training: Training) -> Itera
         ]
         kept = {f"{group}.{index}": p for group, (of, _) in enumerate(groups) for index, p in enumerate(of)}
         yield Trainee(view, groups, dict(kept), tuned=tuned)
+
+
+def _linear_classifier(module: Any) -> nn.Linear | None:
+    """The classifier, where it is one linear layer."""
+    classifier = module.get_classifier()
+    return classifier if type(classifier) is nn.Linear else None
 
 
 def _chosen(network: Model, part: str) -> list[str]:
@@ -303,12 +346,26 @@ def _chosen(network: Model, part: str) -> list[str]:
 
 
 def optimizer_of(trainee: Trainee, training: Training) -> torch.optim.Optimizer:
-    """Over the groups of a trainee, at their full rates."""
+    """Over the groups of a trainee, at their full rates; with `ridge` it takes no step."""
     groups = [{"params": parameters, "lr": rate} for parameters, rate in trainee.groups if parameters]
-    if training.optimizer == "sgd":
+    if training.optimizer in ("sgd", "ridge"):
         return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
     decay = 0.0 if isinstance(trainee.view.network, QuantizedModel) else training.weight_decay
     return torch.optim.AdamW(groups, weight_decay=decay)
+
+
+@torch.no_grad()
+def solve(trainee: Trainee, pool: Pool, training: Training) -> float:
+    """Replace the classifier by the one of least squares on the pool; gives the mean divergence of the centred logits.
+
+    Centred, over the pictures, as the regression has them.
+    """
+    chosen = pool.trained_on
+    assert training.level is not None
+    trainee.solve(pool, chosen, training.shrinkage, training.level)
+    ((_, found),) = trainee.logits(pool, chosen)
+    wanted = pool.logits[chosen].to(found.device)
+    return float(divergence(found - found.mean(0), wanted - wanted.mean(0), training.temperature).mean())
 
 
 def step(trainee: Trainee, optimizer: torch.optim.Optimizer, pool: Pool, chosen: Tensor, temperature: float) -> float:

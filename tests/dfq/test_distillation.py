@@ -24,7 +24,7 @@ from dfq.transfer.record import Round, StateFile
 from dfq.transfer.student import load_student
 from dfq.transfer.training import Training
 
-QUICK = Training(steps=4, batch_size=8)
+QUICK = Training(optimizer="sgd", steps=4, batch_size=8)
 
 
 @pytest.fixture
@@ -44,7 +44,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_a_student_with_the_backbone_of_its_teacher_becomes_its_teacher(reference: Model, student: Model) -> None:
     """The teacher's own classifier has no divergence, and any images lead there; real ones tell that they did."""
     digits = [(image, label) for image, label in reference_digits(reference)][::5]
-    result = run(reference, student, "leaves", num_images=64, training=Training(steps=200, batch_size=64), data=digits)
+    result = run(
+        reference,
+        student,
+        "leaves",
+        num_images=64,
+        training=Training(optimizer="sgd", steps=200, batch_size=64),
+        data=digits,
+    )
     before, after = result.rounds[0].top1, result.top1
     assert before is not None
     assert after is not None
@@ -60,8 +67,35 @@ def test_a_student_with_the_backbone_of_its_teacher_becomes_its_teacher(referenc
     )
 
 
+def test_in_closed_form_it_becomes_its_teacher_too(reference: Model, student: Model) -> None:
+    """Least squares between equal features find the teacher's classifier, but for what all of its classes share."""
+    training = Training(shrinkage=0.0, level="pool")
+    result = run(reference, student, ["leaves", "pink"], num_images=32, rounds=2, training=training)
+    assert [entry.images for entry in result.rounds] == [64, 128]
+    assert result.rounds[-1].divergence < 1e-6
+    assert result.rounds[-1].agreement == 100
+    own, found = (model.module.get_parameter("head.weight") for model in (reference, student))
+    expected = own - own.mean(0)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_several_methods_have_a_pool_each(reference: Model, student: Model, tmp_path: Path) -> None:
+    result = run(reference, student, ["gaussian", "leaves"], num_images=4, rounds=2, out=tmp_path)
+    pools = [dfq.load_calibration_set(tmp_path / "pool" / name) for name in ("gaussian", "leaves")]
+    assert [len(pool) for pool in pools] == [8, 8]
+    assert [entry.images for entry in result.rounds] == [8, 16]
+    # Both together are a pool like any other.
+    again = load_student("reference", reference, fresh_classifier=True)
+    found = run(reference, again, calibration=pools, rounds=1, training=Training())
+    assert found.rounds[-1].images == 16
+    with pytest.raises(UsageError, match="one method or more, each once, not leaves, leaves"):
+        run(reference, student, ["leaves", "leaves"])
+    with pytest.raises(UsageError, match="one method or more, each once, not none"):
+        run(reference, student, [])
+
+
 def test_without_labelled_images_no_accuracy_is_claimed(reference: Model, student: Model) -> None:
-    result = run(reference, student, training=Training(steps=100, batch_size=16, learning_rate=0.1))
+    result = run(reference, student, training=Training(optimizer="sgd", steps=100, batch_size=16, learning_rate=0.1))
     assert (result.top1, result.teacher_top1) == (None, None)
     assert result.rounds[-1].agreement == 100
     assert "agree on 100.0 % of the generated images that were held out" in result.describe()
@@ -114,7 +148,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     monkeypatch.setattr(StateFile, "keep", keep_and_stop)
 
 
-@pytest.mark.parametrize(("part", "optimizer"), [("linear", "sgd"), ("full", "adamw")])
+@pytest.mark.parametrize(("part", "optimizer"), [("linear", "ridge"), ("linear", "sgd"), ("full", "adamw")])
 def test_a_run_that_was_stopped_goes_on_to_the_same_student(
     reference: Model, part: str, optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,9 +188,9 @@ def test_another_run_is_not_mixed_in(reference: Model, tmp_path: Path) -> None:
     run(reference, fresh(), out=tmp_path)
     before = (tmp_path / "student.safetensors").read_bytes()
     with pytest.raises(DfqError, match=r"holds a transfer of another run \(it differs in training\)"):
-        run(reference, fresh(), out=tmp_path, training=Training(steps=5))
+        run(reference, fresh(), out=tmp_path, training=Training(optimizer="sgd", steps=5))
     assert (tmp_path / "student.safetensors").read_bytes() == before
-    run(reference, fresh(), out=tmp_path, training=Training(steps=5), overwrite=True)
+    run(reference, fresh(), out=tmp_path, training=Training(optimizer="sgd", steps=5), overwrite=True)
     assert (tmp_path / "student.safetensors").read_bytes() != before
 
 
@@ -242,6 +276,6 @@ def test_bad_input(reference: Model, student: Model, tiny: Callable[..., Model],
     with pytest.raises(DfqError, match="trained in full, not linear"):
         run(reference, quantized)
     with pytest.raises(DfqError, match="trained by adamw"):
-        run(reference, quantized, training=Training("full"))
+        run(reference, quantized, training=Training("full", optimizer="sgd"))
     with pytest.raises(DfqError, match="left the finite numbers: give a lower learning rate"):
         run(reference, student, training=Training("full", steps=20, learning_rate=1e30))

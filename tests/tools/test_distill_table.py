@@ -21,13 +21,18 @@ def tool(load_tool: Callable[[str], ModuleType]) -> Any:
 def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results.jsonl"
     arguments = ["--teacher", "reference", "--student", "reference", "--images", digits, "--results", results]
-    arguments += ["--methods", "gaussian", "leaves", "--seeds", 0, "--rounds", 2, "--round-images", 8, "--steps", 5]
+    arguments += ["--methods", "gaussian+leaves", "leaves", "--seeds", 0, "--rounds", 2, "--round-images", 8]
+    arguments += ["--fits", "ridge, no windows", "sgd, temperature 20"]
     monkeypatch.setattr(sys, "argv", ["distill_table.py", *map(str, arguments)])
     tool.main()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["gaussian", "leaves"]
+    fits = ["ridge", "ridge, no windows", "sgd, temperature 20"]
+    assert [line["method"] for line in lines] == ["gaussian+leaves"] * 3 + ["leaves"] * 3
+    assert [line["fit"] for line in lines] == fits * 2
     for line in lines:
-        assert [entry["images"] for entry in line["result"]["rounds"]] == [8, 16]
+        # The other fits have the whole pool from the first round on.
+        first = 8 if line["fit"] == "ridge" else 16
+        assert [entry["images"] for entry in line["result"]["rounds"]] == [first, 16]
         assert line["result"]["teacher_top1"] > 90
     before = results.read_bytes()
     tool.main()
@@ -40,7 +45,7 @@ def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatc
     assert "| `leaves` |" in page.read_text()
 
 
-def made(method: str, seed: int, *rounds: tuple[int, float, float]) -> dict[str, Any]:
+def made(method: str, seed: int, *rounds: tuple[int, float, float], fit: str = "ridge") -> dict[str, Any]:
     entries = [
         {"images": images, "generating_seconds": seconds - 1, "training_seconds": 1.0, "top1": top1}
         for images, seconds, top1 in rounds
@@ -50,11 +55,11 @@ def made(method: str, seed: int, *rounds: tuple[int, float, float]) -> dict[str,
         "seed": seed,
         "student": "small",
         "teacher": "large",
-        "training": {"steps": 7, "part": "linear", "learning_rate": 0.01},
+        "fit": fit,
         "machine": "abacus",
         "threads": 2,
         "torch": "2.15.0",
-        "result": {"rounds": entries, "images": rounds[-1][0], "teacher_top1": 80.0},
+        "result": {"rounds": entries, "images": rounds[-1][0], "top1": rounds[-1][2], "teacher_top1": 80.0},
     }
 
 
@@ -75,7 +80,26 @@ def test_equal_images_and_equal_time(tool: Any) -> None:
     assert rows[4] == "| `none` | 10.0 | 12.0 | 4 | 12.0 |"
     assert rows[5] == "| `real` | - | 63.0 | 4 | 63.0 |"
     assert "that has 80.0; the mean over seeds 0, 1, in brackets" in text
-    assert "that has 80.0; seed 0. 7 steps" in tool.to_markdown([made("quick", 0, (10, 40.0, 30.0))])
+    assert "that has 80.0; seed 0. abacus" in tool.to_markdown([made("quick", 0, (10, 40.0, 30.0))])
+
+
+def test_other_fits_have_a_table_of_their_own(tool: Any) -> None:
+    text = tool.to_markdown(
+        [
+            made("waves", 0, (10, 40.0, 30.0), (20, 60.0, 35.0)),
+            made("waves", 0, (20, 1.0, 20.0), (20, 1.0, 22.0), fit="sgd"),
+            made("waves", 1, (20, 1.0, 20.0), (20, 1.0, 24.0), fit="sgd"),
+            made("leaves", 0, (10, 1.0, 12.0), (20, 1.0, 13.0)),
+        ]
+    )
+    rows = text.splitlines()
+    assert [row.split(" |")[0] for row in rows[2:4]] == ["| `waves`", "| `leaves`"]
+    assert rows[5:9] == [
+        "| taught on 20 images by `waves` | |",
+        "|---|---|",
+        "| ridge | 35.0 |",
+        "| sgd | 23.0 [22.0, 24.0] |",
+    ]
 
 
 def test_nothing_within_the_time(tool: Any) -> None:

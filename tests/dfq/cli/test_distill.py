@@ -60,7 +60,24 @@ def test_what_the_options_say(status: Callable[..., int], tmp_path: Path) -> Non
         "decay": "constant",
     }
     assert (run["rounds"], run["seed"], run["student"]["random_weights"]) == (2, 3, True)
-    assert (run["images"]["method"], run["images"]["num_images"], run["images"]["seed"]) == ("gaussian", 20, 3)
+    (images,) = run["images"]
+    assert (images["method"], images["num_images"], images["seed"]) == ("gaussian", 20, 3)
+
+
+def test_several_methods_and_a_classifier_in_closed_form(status: Callable[..., int], tmp_path: Path) -> None:
+    options = ("--opt", "ridge", "--shrinkage", 0.1, "--level", "pool", "--windows", 1)
+    command = ("distill", "reference", "reference", "--method", "gaussian", "leaves", *QUICK, *options)
+    assert status(*command, "--out", tmp_path / "one", "--quiet") == 0
+    run = json.loads((tmp_path / "one" / "distillation.json").read_text())["run"]
+    chosen = [run["training"][key] for key in ("optimizer", "shrinkage", "level", "windows")]
+    assert chosen == ["ridge", 0.1, "pool", 1]
+    assert [images["method"] for images in run["images"]] == ["gaussian", "leaves"]
+    # The pools teach another student.
+    pools = [tmp_path / "one" / "pool" / name for name in ("gaussian", "leaves")]
+    command = ("distill", "reference", "reference", "--calibration", *pools, *QUICK, *options)
+    assert status(*command, "--out", tmp_path / "other", "--quiet") == 0
+    one, other = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "other"))
+    assert one["images"] == other["images"] == 40
 
 
 def test_a_quantized_model_is_tuned_on_a_set(status: Callable[..., int], tmp_path: Path) -> None:
@@ -79,7 +96,9 @@ def test_bad_input(refused: Callable[..., None], tmp_path: Path) -> None:
     refused((*command, "--train", "head"), 2, "cannot train 'head' of a student: choose linear, full or last-K")
     refused((*command, "--train", "last-9"), 2, "reference has 4 layers between stem and classifier")
     refused((*command, "--momentum", 1), 2, "the momentum must be at least 0 and below 1")
-    refused((*command, "--method", "magic"), 2, "unknown method 'magic'")
+    refused((*command, "--opt", "ridge", "--train", "full"), 2, "ridge is for a classifier that is trained alone")
+    refused((*command, "--method", "leaves", "leaves"), 2, "one method or more, each once, not leaves, leaves")
+    refused((*command, "--method", "leaves", "magic"), 2, "unknown method 'magic'")
     refused((*command, "--student-checkpoint", tmp_path / "none"), 1, "none is not there")
     refused((*command, "--data-dir", tmp_path / "none"), 1, "none")
     refused((*command, "--calibration", tmp_path), 1, "is not a calibration set")

@@ -137,12 +137,37 @@ def test_windows_depend_on_nothing_but_the_image(tiny: Callable[..., Model], ima
     assert all(torch.equal(one[number], other[number]) for number in one)
 
 
-def test_sparse_images_have_no_windows(tiny: Callable[..., Model], images_for: Images, left_half: torch.Tensor) -> None:
-    mixed = torch.ones(3, 4, 4, dtype=torch.bool)
-    mixed[1] = left_half[0]
-    pool = Pool(View(tiny(), torch.float32), 0, windows=2)
-    pool.add(images_for(3, mixed))
-    assert pool.trained_on.tolist() == [0, 1, 2, 3, 6, 7, 8]
+def test_windows_of_sparse_images_are_all_of_them(
+    tiny: Callable[..., Model], images_for: Images, left_half: torch.Tensor
+) -> None:
+    """Sharp, they are the image or its mirror image, and so are the patches that are kept."""
+    part = images_for(3, left_half)
+    pool = Pool(View(tiny(), torch.float32), 0, windows=8)
+    pool.add(part)
+    sides = set()
+    for numbers, images, masks in pool.batches(torch.tensor([n for n in range(27) if n % 9 % 2 == 1])):
+        for number, image, mask in zip(numbers.tolist(), images, masks, strict=True):
+            whole = part.images[number // 9]
+            mirrored = bool(mask[:, 3].all())
+            sides.add(mirrored)
+            assert torch.equal(mask, left_half[0].flip(-1) if mirrored else left_half[0])
+            assert torch.equal(image, whole.flip(-1) if mirrored else whole)
+    assert sides == {False, True}
+
+
+def test_every_other_window_is_seen_at_a_lower_resolution(tiny: Callable[..., Model], images_for: Images) -> None:
+    part = images_for(8)  # White noise, of which little is left then.
+    pool = Pool(View(tiny(), torch.float32), 0, windows=8)
+    pool.add(part)
+    contrast = torch.zeros(len(pool))
+    for number, picture in pictures(pool).items():
+        contrast[number] = picture.float().std()
+    windows = contrast.view(8, 9)[:, 1:]
+    sharp, coarse = windows[:, ::2], windows[:, 1::2]
+    assert coarse.mean() < 0.7 * sharp.mean()
+    # From hardly lower to a seventh of rows and columns: noise averaged over 7 x 7 pixels.
+    assert coarse.min() < sharp.mean() / 4
+    assert coarse.max() > 0.7 * sharp.mean()
 
 
 def test_images_held_out_are_not_drawn(tiny: Callable[..., Model], images_for: Images) -> None:

@@ -18,9 +18,10 @@ from dfq.errors import DfqError, UsageError
 from dfq.models import Model
 from dfq.transfer.pool import Pool, View
 from dfq.transfer.student import load_student
-from dfq.transfer.training import Training, divergence, optimizer_of, step, trained
+from dfq.transfer.training import Training, divergence, optimizer_of, solve, step, trained
 
 Images = Callable[..., CalibrationSet]
+SGD = Training(optimizer="sgd")
 
 
 def pool_of(teacher: Model, images: CalibrationSet) -> Pool:
@@ -68,7 +69,7 @@ def test_one_step_of_a_linear_student_by_hand(tiny: Callable[..., Model], images
     entering = module.forward_head(module.forward_features(pixels), pre_logits=True)
     error = (module(pixels) / 4).softmax(-1) - (teacher(pixels) / 4).softmax(-1)
     gradient = 4 * error.T @ entering / 6
-    training = Training(temperature=4.0, learning_rate=0.5, weight_decay=0.0)
+    training = Training(optimizer="sgd", temperature=4.0, learning_rate=0.5, weight_decay=0.0)
     take_steps(student, pool, training)
     torch.testing.assert_close(module.head.weight, before["head.weight"] - 0.5 * gradient, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(module.head.bias, before["head.bias"] - 0.5 * 4 * error.mean(0), atol=1e-5, rtol=1e-4)
@@ -104,7 +105,7 @@ def test_a_linear_student_in_steps_of_pools_that_grow(tiny: Callable[..., Model]
     view = View(student, torch.float32)
     passes: list[int] = []
     student.module.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
-    with trained(view, Training()) as trainee:
+    with trained(view, SGD) as trainee:
         list(trainee.logits(pool, torch.arange(3)))
         pool.add(images_for(4, sparse))
         for _ in range(2):
@@ -125,7 +126,7 @@ def test_images_that_keep_different_numbers_of_patches_share_a_step(
     pool = pool_of(teacher, images_for(5, mask))
     view = View(student, torch.float32)
     alone = [divergence(view(*shown(pool, i)), pool.logits[[i]], 20.0).item() for i in range(5)]
-    (found,) = take_steps(student, pool, Training("full", learning_rate=1e-6))
+    (found,) = take_steps(student, pool, Training("full", optimizer="sgd", learning_rate=1e-6))
     assert found == pytest.approx(sum(alone) / 5, rel=1e-4)
 
 
@@ -136,7 +137,7 @@ def test_norms_over_batches_move_only_where_everything_is_trained(
     for part, moves in (("linear", False), ("last-1", False), ("full", True)):
         student = load_student("resnet10t", teacher, random_weights=True)
         before = weights(student)
-        take_steps(student, pool_of(teacher, images_for()), Training(part, learning_rate=1e-3))
+        take_steps(student, pool_of(teacher, images_for()), Training(part, optimizer="sgd", learning_rate=1e-3))
         statistics = {name for name in changed(student, before) if "running" in name}
         assert bool(statistics) is moves, part
         assert not any(module.training for module in student.module.modules())
@@ -158,7 +159,7 @@ def test_accuracy_is_that_of_evaluate_at_every_measure(
     data = [(torch.randn(3, 32, 32, generator=generator), index % 5) for index in range(70)]
     passes: list[int] = []
     student.module.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
-    training = Training(part, learning_rate=0.1)
+    training = Training(part, optimizer="sgd", learning_rate=0.1)
     with trained(View(student, torch.float32), training) as trainee:
         optimizer = optimizer_of(trainee, training)
         found = []
@@ -180,14 +181,14 @@ def test_accuracy_on_a_dataset_that_can_only_be_read_in_order(tiny: Callable[...
             return iter([(torch.randn(3, 32, 32, generator=generator), index % 5) for index in range(20)])
 
     student = tiny(seed=2)
-    with trained(View(student, torch.float32), Training()) as trainee:
+    with trained(View(student, torch.float32), SGD) as trainee:
         for _ in range(2):
             assert trainee.top1(Stream()) == dfq.evaluate(student, Stream(), progress=False).top1
 
 
 def test_more_layers_than_there_are(tiny: Callable[..., Model], images_for: Images) -> None:
     with pytest.raises(UsageError, match="tiny has 2 layers between stem and classifier; last-3 asks for more"):
-        take_steps(tiny(), pool_of(tiny(), images_for()), Training("last-3"))
+        take_steps(tiny(), pool_of(tiny(), images_for()), Training("last-3", optimizer="sgd"))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,11 @@ def test_more_layers_than_there_are(tiny: Callable[..., Model], images_for: Imag
         ({"learning_rate": -1.0}, "learning rate must be a positive number"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"weight_decay": -0.1}, "weight decay must be 0 or more"),
-        ({"optimizer": "lion"}, "unknown optimizer 'lion': choose from sgd, adamw"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion': choose from ridge, sgd, adamw"),
+        ({"optimizer": "ridge", "part": "full"}, "ridge is for a classifier that is trained alone, not for full"),
+        ({"shrinkage": -0.1}, "the shrinkage must be 0 or more"),
+        ({"shrinkage": math.nan}, "the shrinkage must be 0 or more"),
+        ({"level": "sea"}, "unknown level 'sea': choose from origin, pool"),
         ({"decay": "step"}, "unknown decay 'step'"),
     ],
 )
@@ -217,5 +222,40 @@ def test_a_classifier_of_two_heads(tiny: Callable[..., Model], images_for: Image
     assert isinstance(student.module, VisionTransformer)
     assert isinstance(student.module.get_submodule("head_dist"), nn.Linear)
     before = weights(student)
-    take_steps(student, pool_of(tiny(seed=1), images_for()), Training())
+    take_steps(student, pool_of(tiny(seed=1), images_for()), SGD)
     assert changed(student, before) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_what_is_left_to_the_student_to_settle(tiny: Callable[..., Model]) -> None:
+    def settled(student: Any, **settings: Any) -> tuple[Any, Any]:
+        training = Training(**settings).settled(student)
+        return training.optimizer, training.level
+
+    vit, cnn = tiny(), load_student("resnet10t", tiny(), random_weights=True)
+    assert settled(vit) == ("ridge", "origin")
+    # Features behind a ReLU are nowhere near the origin.
+    assert settled(cnn) == ("ridge", "pool")
+    assert settled(vit, part="last-1")[0] == settled(vit, part="full")[0] == "sgd"
+    assert settled(tiny("deit_tiny_distilled_patch16_224"))[0] == "sgd"
+    assert settled(cnn, optimizer="adamw", level="origin") == ("adamw", "origin")
+
+
+def test_a_classifier_in_closed_form_by_hand(tiny: Callable[..., Model], images_for: Images) -> None:
+    """Where the features' second moment is shrunk by nothing, the student gives the logits that least squares allow."""
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    pool = pool_of(teacher, images_for(6))
+    training = Training(shrinkage=0.0, level="pool").settled(student)
+    with trained(View(student, torch.float32), training) as trainee:
+        found = solve(trainee, pool, training)
+    # Six pictures and 64 features: all of them are met.
+    wanted = pool.logits - pool.logits.mean(1, keepdim=True)
+    pixels = torch.cat([shown(pool, number)[0] for number in range(6)])
+    logits = View(student, torch.float32)(pixels, torch.ones(6, 4, 4, dtype=torch.bool))
+    torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
+    assert found == pytest.approx(0.0, abs=1e-4)
+
+
+def test_two_heads_have_no_closed_form(tiny: Callable[..., Model], images_for: Images) -> None:
+    student = tiny("deit_tiny_distilled_patch16_224", seed=2)
+    with pytest.raises(UsageError, match="the classifier of tiny is more than one linear layer: train it by sgd"):
+        take_steps(student, pool_of(tiny(seed=1), images_for()), Training(optimizer="ridge"))
