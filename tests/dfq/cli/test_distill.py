@@ -58,6 +58,8 @@ def test_what_the_options_say(status: Callable[..., int], tmp_path: Path) -> Non
         "momentum": 0.5,
         "weight_decay": 0.1,
         "decay": "constant",
+        "shrinkage": 0.3,
+        "level": "origin",
     }
     assert (run["rounds"], run["seed"], run["student"]["random_weights"]) == (2, 3, True)
     (images,) = run["images"]
