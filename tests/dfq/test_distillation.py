@@ -13,9 +13,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import dfq
+from calibration import Plan
 from calibration.calibration_set import CalibrationSet
+from dfq import reference as embedded
 from dfq.datasets import image_folder, reference_digits
 from dfq.distillation import distill
 from dfq.errors import DfqError, UsageError
@@ -77,6 +80,24 @@ def test_in_closed_form_it_becomes_its_teacher_too(reference: Model, student: Mo
     own, found = (model.module.get_parameter("head.weight") for model in (reference, student))
     expected = own - own.mean(0)
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_student_of_half_the_width_learns_from_scratch(reference: Model) -> None:
+    """It comes to answer as its teacher on generated images that it was never shown; a tenth would be chance."""
+    torch.manual_seed(0)
+    halves = {"embed_dim": embedded.architecture()["embed_dim"] // 2, "num_heads": 2}
+    module = VisionTransformer(**embedded.architecture() | halves).eval().requires_grad_(False)
+    student = Model(module, reference.preprocessing, replace(reference.origin, name="half"))
+    training = Training(
+        "full", optimizer="adamw", steps=80, batch_size=64, windows=4, learning_rate=1e-3, temperature=4
+    )
+    plan = Plan("natural", 64, 10, 64, 0, "fp32")
+    first, _, last = run(reference, student, plan=plan, training=training).rounds
+    assert last.images == 192
+    assert last.divergence < 0.75 * first.divergence
+    assert first.agreement is not None
+    assert last.agreement is not None
+    assert last.agreement > max(35, first.agreement)
 
 
 def test_several_methods_have_a_pool_each(reference: Model, student: Model, tmp_path: Path) -> None:
