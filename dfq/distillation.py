@@ -238,6 +238,8 @@ def _of_all_rounds(plan: Plan, rounds: int) -> Plan:
 
 
 def _check_sizes(teacher: Model, pools: Sequence[CalibrationSet]) -> None:
+    if not pools:
+        raise UsageError("no pool is given: name one or more, or leave calibration out, and images are made")
     wanted = teacher.preprocessing.image_size
     for pool in pools:
         size = tuple(pool.images.shape[-2:])

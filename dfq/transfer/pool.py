@@ -123,23 +123,22 @@ class Pool:
         if window == 0:
             return picture, mask
         top, left, height, width, mirrored, rows, columns = boxes[image, window - 1].tolist()
-        whole = list(picture.shape[-2:])
-        picture = resized_crop(picture, top, left, height, width, [rows, columns], antialias=True)
-        if [rows, columns] != whole:
-            picture = resize(picture, whole, antialias=True)
+        size = list(picture.shape[-2:])
+        lower = resized_crop(picture, top, left, height, width, [rows, columns], antialias=True)
+        picture = resize(lower, size, antialias=True)
         return (picture.flip(-1), mask.flip(-1)) if mirrored else (picture, mask)
 
     def _boxes(self, number: int, image: Tensor, mask: Tensor) -> Tensor:
         """int [windows, 7], by the number of the image: top, left, height, width in pixels, whether mirrored, and the
         rows and columns that it is seen at."""
         height, width = image.shape[-2:]
+        sparse = not bool(mask.all())
         boxes = []
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(number)
             for window in range(self._per_image - 1):
-                box = (0, 0, height, width)
-                if bool(mask.all()):
-                    box = RandomResizedCrop.get_params(image, list(AREA), list(ASPECT))
+                whole = (0, 0, height, width)
+                box = whole if sparse else RandomResizedCrop.get_params(image, list(AREA), list(ASPECT))
                 mirrored, lower = torch.rand(2).tolist()
                 share = COARSEST**lower if window % 2 else 1.0
                 sides = [max(1, round(side * share)) for side in (height, width)]

@@ -279,7 +279,7 @@ def trained(view: View, training: Training) -> Iterator[Trainee]:
     modes = [(part, part.training) for part in module.modules()]
     # What is frozen stays as it is used: norms over a batch with their own statistics, no dropout.
     module.train(training.part == "full")
-    rate = training.learning_rate or _RATES.get((training.optimizer, training.part == "linear"), 0.0)
+    rate = training.learning_rate or _RATES[training.optimizer, training.part == "linear"]
     try:
         for name in names:
             parameters[name].requires_grad_(True)
@@ -297,6 +297,7 @@ def trained(view: View, training: Training) -> Iterator[Trainee]:
 
 # By optimizer, and whether the classifier alone is trained.
 _RATES: dict[tuple[Optimizer | None, bool], float] = {
+    ("ridge", True): 0.0,
     ("sgd", True): 0.003,
     ("sgd", False): 0.01,
     ("adamw", True): 1e-3,

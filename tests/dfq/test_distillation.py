@@ -113,6 +113,8 @@ def test_several_methods_have_a_pool_each(reference: Model, student: Model, tmp_
         run(reference, student, ["leaves", "leaves"])
     with pytest.raises(UsageError, match="one method or more, each once, not none"):
         run(reference, student, [])
+    with pytest.raises(UsageError, match="no pool is given"):
+        run(reference, student, calibration=[])
 
 
 def test_without_labelled_images_no_accuracy_is_claimed(reference: Model, student: Model) -> None:
