@@ -9,6 +9,7 @@ so a run that was stopped goes on. --markdown makes nothing and prints the table
 The `real` rows are calibrated on images drawn from --calibration-images (by default from --images themselves). Other
 rows are METHOD[/SCHEDULE][@ITERATIONS], such as `natural`, `psaq/smi` or `smi@4000`; their sets lie beside --results.
 SOURCE:N calibrates on N images; without it on as many as the recipe asks for.
+A cell with lines of several seeds shows their mean, the least and the most.
 What a line has as `mark` stands behind its cell, for a page that explains it.
 --generate-only makes the sets and no cell: alone on a machine, for the seconds; the cells may then share it.
 """
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -260,18 +262,19 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         blocks.append(f"| recipe | calibration | s | {' | '.join(map(str.upper, columns))} |")
         blocks.append("|---" * (len(columns) + 3) + "|")
         for recipe, source in dict.fromkeys((line["recipe"], line["source"]) for line in own):
-            row = {line["bits"]: line for line in own if (line["recipe"], line["source"]) == (recipe, source)}
-            some = next(iter(row.values()))
-            quantizing = max(line["quantize_seconds"] for line in row.values())
-            cells = [cell_text(row.get(bits), first["num_images"]) for bits in columns]
+            row = [line for line in own if (line["recipe"], line["source"]) == (recipe, source)]
+            some = row[0]
+            quantizing = max(line["quantize_seconds"] for line in row)
+            cells = [cell_text([line for line in row if line["bits"] == bits], first["num_images"]) for bits in columns]
             seconds = f"{some['generate_seconds']:.0f} + {quantizing:.0f}"
             blocks.append(f"| {' | '.join([f'`{Path(recipe).stem}`', calibration_text(some), seconds, *cells])} |")
         threads = sorted({line["threads"] for line in own if "threads" in line})
+        seeds = sorted({line["seed"] for line in own})
         memory = max((line.get("peak_memory_mb", 0) for line in own), default=0)
         blocks.append(
             "\nSeconds: of making the images, and of quantizing"
             + (f"; its peak memory beyond the model is at most {memory} MB" if memory else "")
-            + f". Seed {first['seed']}; {first['machine']}"
+            + f". Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {first['machine']}"
             + "".join(f", {count} of them used" for count in threads)
             + "; "
             + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
@@ -301,12 +304,17 @@ def between_marks(page: str, mark: str, text: str) -> str:
     return f"{before}{mark}\n{text}\n{end}{after}"
 
 
-def cell_text(line: dict[str, Any] | None, usual_images: int) -> str:
-    if line is None:
+def cell_text(lines: list[dict[str, Any]], usual_images: int) -> str:
+    """Of one seed the drop and its interval; of several their mean, the least and the most."""
+    if not lines:
         return "-"
-    low, high = line["drop_ci95"]
-    fewer = "" if line["num_images"] == usual_images else f" ({line['num_images']} images)"
-    return f"{line['drop']:.1f} [{low:.1f}, {high:.1f}]; {line['agreement']:.1f} %{fewer}{line.get('mark', '')}"
+    drops = [line["drop"] for line in lines]
+    low, high = lines[0]["drop_ci95"] if len(lines) == 1 else (min(drops), max(drops))
+    span = f"[{low:.1f}, {high:.1f}]" if len(lines) == 1 else f"({low:.1f} to {high:.1f}, {len(lines)} seeds)"
+    images = lines[0]["num_images"]
+    fewer = "" if images == usual_images else f" ({images} images)"
+    agreement = fmean(line["agreement"] for line in lines)
+    return f"{fmean(drops):.1f} {span}; {agreement:.1f} %{fewer}{lines[0].get('mark', '')}"
 
 
 def argument_parser(description: str | None, *, results: str, images: str) -> argparse.ArgumentParser:

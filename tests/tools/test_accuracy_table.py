@@ -63,6 +63,19 @@ def test_a_row_is_a_recipe_with_its_images_and_a_column_a_pair_of_bits(tool: Any
     ]
 
 
+def test_a_cell_of_several_seeds_has_their_mean_and_their_span(tool: Any) -> None:
+    lines = [
+        line(drop=1.0, agreement=95.0),
+        line(bits="w4a8", drop=3.0),
+        line(seed=1, drop=2.0, agreement=96.0),
+        line(seed=2, drop=0.6, agreement=94.6),
+    ]
+    text = tool.to_markdown(lines)
+    # (1 + 2 + 0.6) / 3 and (95 + 96 + 94.6) / 3
+    assert "| 61 + 3 | 1.2 (0.6 to 2.0, 3 seeds); 95.2 % | 3.0 [-0.5, 2.5]; 95.0 % |" in text
+    assert "Seeds 0, 1, 2; a machine" in text
+
+
 def test_tables_replace_what_stands_between_the_marks(tool: Any) -> None:
     page = "a\n<!-- tables: r.jsonl -->\nold\n<!-- end -->\nb\n"
     written = tool.with_tables(page, "r.jsonl", [line()])
