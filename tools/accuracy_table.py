@@ -309,12 +309,14 @@ def cell_text(lines: list[dict[str, Any]], usual_images: int) -> str:
     if not lines:
         return "-"
     drops = [line["drop"] for line in lines]
-    low, high = lines[0]["drop_ci95"] if len(lines) == 1 else (min(drops), max(drops))
-    span = f"[{low:.1f}, {high:.1f}]" if len(lines) == 1 else f"({low:.1f} to {high:.1f}, {len(lines)} seeds)"
-    images = lines[0]["num_images"]
-    fewer = "" if images == usual_images else f" ({images} images)"
+    some = lines[0]
+    low, high = some["drop_ci95"]
+    span = f"[{low:.1f}, {high:.1f}]"
+    if len(lines) > 1:
+        span = f"({min(drops):.1f} to {max(drops):.1f}, {len(lines)} seeds)"
+    fewer = "" if some["num_images"] == usual_images else f" ({some['num_images']} images)"
     agreement = fmean(line["agreement"] for line in lines)
-    return f"{fmean(drops):.1f} {span}; {agreement:.1f} %{fewer}{lines[0].get('mark', '')}"
+    return f"{fmean(drops):.1f} {span}; {agreement:.1f} %{fewer}{some.get('mark', '')}"
 
 
 def argument_parser(description: str | None, *, results: str, images: str) -> argparse.ArgumentParser:
