@@ -165,7 +165,10 @@ class LogQuantizer(Quantizer):
         return table.index_select(0, self._index(values).flatten()).view(values.shape)
 
     def _inside(self, values: Tensor) -> Tensor:
-        return (values >= -self.shift) & (self._logarithms(values) >= 0)
+        _, scale, rate = self._parameters_or_raise()
+        # Up to half a step above the largest level: the same as by the logarithms, without forming them again.
+        highest = scale * torch.exp2(-0.5 / rate)
+        return (values >= -self.shift) & (values <= highest - self.shift)
 
     def _index(self, values: Tensor) -> Tensor:
         """Where in the table each value is, int32."""

@@ -194,10 +194,10 @@ def test_nothing_but_zeros() -> None:
 
 
 def test_the_gradient_is_zero_where_clipped() -> None:
-    x = torch.tensor([-1.0, 0.0, 0.001, 0.3, 1.0, 1.1, 3.0], requires_grad=True)
+    x = torch.tensor([-1.0, 0.0, 0.001, 0.3, 1.0, 1.1, 1.189, 1.19, 3.0], requires_grad=True)
     loaded(4, "sqrt2")(x).sum().backward()
     assert x.grad is not None
-    assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]  # 1.1 still rounds to the largest level
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0]  # what rounds to the largest level ends at 2^(1/4) = 1.1892
     x = torch.tensor([-0.2, -0.1, 0.5], requires_grad=True)
     loaded(4, "sqrt2", shift=0.17)(x).sum().backward()
     assert x.grad is not None
