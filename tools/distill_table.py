@@ -152,7 +152,7 @@ def _over_seeds(values: list[float | None]) -> str:
     found = [value for value in values if value is not None]
     if not found:
         return "-"
-    spread = f" [{min(found):.1f}, {max(found):.1f}]" if len(found) > 1 else ""
+    spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
     return f"{mean(found):.1f}{spread}"
 
 

@@ -75,7 +75,7 @@ def test_equal_images_and_equal_time(tool: Any) -> None:
     )
     rows = text.splitlines()
     assert rows[0] == "| images by | 10 images | 20 images | seconds for 20 | after 100 s |"
-    assert rows[2] == "| `slow` | 42.0 [40.0, 44.0] | 55.0 [50.0, 60.0] | 190 | 42.0 [40.0, 44.0] |"
+    assert rows[2] == "| `slow` | 42.0 (40.0 to 44.0) | 55.0 (50.0 to 60.0) | 190 | 42.0 (40.0 to 44.0) |"
     assert rows[3] == "| `quick` | 30.0 | 35.0 | 100 | 35.0 |"
     assert rows[4] == "| `none` | 10.0 | 12.0 | 4 | 12.0 |"
     assert rows[5] == "| `real` | - | 63.0 | 4 | 63.0 |"
@@ -98,7 +98,7 @@ def test_other_fits_have_a_table_of_their_own(tool: Any) -> None:
         "| taught on 20 images by `waves` | |",
         "|---|---|",
         "| ridge | 35.0 |",
-        "| sgd | 23.0 [22.0, 24.0] |",
+        "| sgd | 23.0 (22.0 to 24.0) |",
     ]
 
 
