@@ -30,10 +30,18 @@ from dfq.onnx_export import export_network
 from dfq.preprocessing import Preprocessing
 from dfq.progress import progress_bar
 from dfq.ptq.engine import QuantizedModel
-from dfq.runtime import RUNTIMES, Array, Products, RuntimeModel, is_onnx_file, missing_packages, open_model
+from dfq.runtime import (
+    FULL,
+    HALF,
+    RUNTIMES,
+    Array,
+    Products,
+    RuntimeModel,
+    is_onnx_file,
+    missing_packages,
+    open_model,
+)
 from dfq.versions import versions
-
-_FULL, _HALF = "fp32", "bf16"
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,9 @@ class Timing:
 class Row:
     """One model in one runtime.
 
-    bits: `fp32`, `bf16`, or of the quantized model; size: of the weights in PyTorch, else of the file, in bytes;
-    timings: by batch size, 1 first; products: what is computed in integers, of the quantized model.
+    bits: `fp32`, `bf16`, or of the quantized model, `w8a8+bf16` where what is not integers is in bf16; size: of the
+    weights in PyTorch, else of the file, in bytes; timings: by batch size, 1 first; products: what is computed in
+    integers, of the quantized model.
     """
 
     runtime: str
@@ -121,7 +130,7 @@ class Bench:
 
     def full_precision(self, runtime: str) -> Row:
         """The row of the fp32 model in this runtime."""
-        return next(row for row in self.rows if (row.runtime, row.bits) == (runtime, _FULL))
+        return next(row for row in self.rows if (row.runtime, row.bits) == (runtime, FULL))
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON, with the speedups of each row."""
@@ -166,7 +175,7 @@ class Bench:
         full = self.full_precision(row.runtime)
         for own, other in zip(row.timings, full.timings, strict=True):
             if own.median_ms >= other.median_ms:
-                yield f"{row.runtime}: {row.bits} is not faster than {_FULL} at batch size {own.batch_size}"
+                yield f"{row.runtime}: {row.bits} is not faster than {FULL} at batch size {own.batch_size}"
 
     def table(self) -> str:
         """The same for people: aligned plain text, without a newline at the end."""
@@ -268,7 +277,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="dfq-bench-") as folder, _torch_threads(threads) as used:
         quantized = _opened(target, present, used, skipped, Path(folder))
         first = quantized[0]
-        if first.bits == _FULL:
+        if first.bits == FULL:
             raise UsageError(f"{target} is a model in full precision; it is a quantized one that is measured beside it")
         contenders = _contenders(
             quantized, _full_precision(first.origin, first.preprocessing, seed), Path(folder), used
@@ -303,15 +312,20 @@ def _contenders(quantized: Sequence[RuntimeModel], full: Model, folder: Path, th
     half = copy.deepcopy(full.module).to(torch.bfloat16)
     contenders = [
         _Contender(PYTORCH, bits, _bytes(module), _in_pytorch(module, dtype))
-        for bits, module, dtype in ((_FULL, full.module, torch.float32), (_HALF, half, torch.bfloat16))
+        for bits, module, dtype in ((FULL, full.module, torch.float32), (HALF, half, torch.bfloat16))
     ]
     exported = folder / "full-precision.onnx"
     export_network(full, exported)
+    halved = not this_machine().lacks_bfloat16
     for model in quantized:
-        whole = open_model(exported, model.runtime, threads=threads)
-        contenders.append(_Contender(model.runtime, _FULL, exported.stat().st_size, whole.run))
-        size = model.path.stat().st_size
-        contenders.append(_Contender(model.runtime, model.bits, size, model.run, model.session.products()))
+        for precision in (FULL, HALF) if halved and model.runtime == "openvino" else (FULL,):
+            whole = open_model(exported, model.runtime, threads=threads, precision=precision)
+            contenders.append(_Contender(model.runtime, precision, exported.stat().st_size, whole.run))
+            own, bits, size = model, model.bits, model.path.stat().st_size
+            if precision == HALF:
+                own = open_model(model.path, model.runtime, threads=threads, precision=HALF)
+                bits = f"{bits}+{HALF}"
+            contenders.append(_Contender(model.runtime, bits, size, own.run, own.session.products()))
     return contenders
 
 

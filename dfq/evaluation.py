@@ -21,6 +21,7 @@ from dfq.datasets import image_folder
 from dfq.errors import DfqError, UsageError
 from dfq.models import PYTORCH, resolve_device
 from dfq.progress import progress_bar
+from dfq.runtime import FULL, RuntimeModel
 from dfq.statistics import mcnemar_p, paired_drop, sqnr_db, wilson_interval
 from dfq.tally import Classifier, Counted, Tally, moved
 from dfq.versions import versions
@@ -272,7 +273,7 @@ def evaluate(
         model=model.name,
         bits=model.bits,
         device=str(where),
-        runtime=model.runtime,
+        runtime=_where_it_runs(model),
         seed=seed,
         num_images=counted.num_images,
         top1=100 * counted.hits["right"] / counted.num_images,
@@ -301,6 +302,13 @@ def _by_count(entry: tuple[tuple[int, int], int]) -> tuple[int, tuple[int, int]]
     """The most frequent first."""
     answers, count = entry
     return -count, answers
+
+
+def _where_it_runs(model: Classifier) -> str:
+    """The runtime, and of an exported model the precision of what is not computed in integers, unless it is fp32."""
+    if isinstance(model, RuntimeModel) and model.precision != FULL:
+        return f"{model.runtime} ({model.precision})"
+    return model.runtime
 
 
 def _comparison(counted: Counted) -> Comparison:

@@ -23,11 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfq.errors import DfqError, UsageError
+from dfq.machine import this_machine
 from dfq.models import Origin, class_names
 from dfq.onnx_export import FORMAT, INPUT, OUTPUT, VERSION
 from dfq.preprocessing import Preprocessing
 
 RUNTIMES = ("onnxruntime", "openvino")
+
+FULL, HALF = "fp32", "bf16"
+"""What a runtime computes in where it does not in integers."""
 
 _METADATA = "dfq"
 _MAX_CLASSES = 10**7
@@ -72,7 +76,7 @@ class RuntimeModel:
     """An exported model in a runtime, on the CPU. `model(images)` gives logits, as every model here does.
 
     bits: of the run, `w8a8`, or `fp32` for an export of full precision; seed: of the calibration images, where they
-    were made; weight_bytes: of what the model was exported from.
+    were made; weight_bytes: of what the model was exported from; precision: what is not computed in integers is in it.
     """
 
     path: Path
@@ -85,6 +89,7 @@ class RuntimeModel:
     weight_bytes: int
     recipe: str | None
     seed: int | None
+    precision: str = FULL
 
     @property
     def name(self) -> str:
@@ -117,33 +122,43 @@ class RuntimeModel:
     def describe(self) -> str:
         """One line for people."""
         recipe = "" if self.recipe is None else f", recipe {self.recipe}"
-        return f"{self.name}, {self.bits.upper()}{recipe}, in {self.runtime}"
+        rest = "" if self.precision == FULL else f", {self.precision} where not integers"
+        return f"{self.name}, {self.bits.upper()}{recipe}, in {self.runtime}{rest}"
 
 
-def open_model(path: Path | str, runtime: str = "onnxruntime", *, threads: int | None = None) -> RuntimeModel:
+def open_model(
+    path: Path | str, runtime: str = "onnxruntime", *, threads: int | None = None, precision: str = FULL
+) -> RuntimeModel:
     """Open an ONNX file that `dfq.export` wrote.
 
-    runtime: one of `RUNTIMES`. threads: how many compute, None for as many as the runtime chooses. OpenVINO is asked
-    for products in float32 where they are not in integers; left alone it takes bfloat16 on processors that have it.
+    runtime: one of `RUNTIMES`. threads: how many compute, None for as many as the runtime chooses. precision: of what
+    is not computed in integers: `fp32`, or `bf16` in OpenVINO, which takes it by itself on processors that have it.
 
-    Raises: UsageError for a runtime that is not known or threads below 1; DfqError for a package that is not
-    installed, and for a file that is missing, damaged, not of `dfq.export`, or not to the runtime's liking.
+    Raises: UsageError for a runtime or a precision that is not known or that it has not, or threads below 1; DfqError
+    for a package that is not installed, a processor without bf16, and a file that is missing, damaged, not of
+    `dfq.export`, or not to the runtime's liking.
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
     if threads is not None and threads < 1:
         raise UsageError(f"the number of threads is {threads}; it must be 1 or more")
+    if precision not in (FULL, HALF):
+        raise UsageError(f"unknown precision {precision!r}: choose from {FULL}, {HALF}")
+    if precision == HALF and runtime != "openvino":
+        raise UsageError(f"{runtime} computes in {FULL} what it does not in integers; openvino can do so in {HALF}")
+    if precision == HALF and this_machine().lacks_bfloat16:
+        raise DfqError(f"this processor has no instruction for {HALF}: leave the precision at {FULL}")
     file = Path(path)
     package = _import(runtime)
     graph = _read(file)
     described = _description(file, graph)
     try:
-        session = _ADAPTERS[runtime](package, file, threads)
+        session = _ADAPTERS[runtime](package, file, threads, precision)
     # The exceptions of both runtimes share no base class but Exception.
     except Exception as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise DfqError(f"{runtime} cannot run {file}: {reason}") from error
-    return RuntimeModel(path=file, runtime=runtime, session=session, **described)
+    return RuntimeModel(path=file, runtime=runtime, session=session, precision=precision, **described)
 
 
 def integer_products(model: RuntimeModel) -> Products:
@@ -256,7 +271,7 @@ def _reason(error: Exception) -> str:
 class _OnnxRuntime:
     """onnxruntime's CPU kernels."""
 
-    def __init__(self, package: Any, file: Path, threads: int | None) -> None:
+    def __init__(self, package: Any, file: Path, threads: int | None, _precision: str) -> None:
         self._package, self._file, self._threads = package, file, threads
         self._session = self._open()
 
@@ -284,10 +299,10 @@ class _OnnxRuntime:
 class _OpenVino:
     """OpenVINO's CPU plugin."""
 
-    def __init__(self, package: Any, file: Path, threads: int | None) -> None:
+    def __init__(self, package: Any, file: Path, threads: int | None, precision: str) -> None:
         self._file = file
         core = _core(package)
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._compiled = core.compile_model(core.read_model(str(file)), "CPU", settings)
@@ -347,4 +362,8 @@ _FLOATING = {"Conv": 1, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": 1, "Gemm"
 _FLOATING |= {"MultiHeadAttention": 2, "NhwcFusedConv": 1, "TransposeMatMul": 1}
 # At this `accuracy_level` activations are rounded to 8 bits, and products are sums of integers.
 _INT8_LEVEL = 4
-_ADAPTERS: dict[str, Callable[[Any, Path, int | None], Session]] = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
+_HINTS = {FULL: "f32", HALF: "bf16"}
+_ADAPTERS: dict[str, Callable[[Any, Path, int | None, str], Session]] = {
+    "onnxruntime": _OnnxRuntime,
+    "openvino": _OpenVino,
+}

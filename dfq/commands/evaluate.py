@@ -39,6 +39,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         choices=RUNTIMES,
         help=f"what an ONNX file runs in, on the CPU (default: {RUNTIMES[0]})",
     )
+    group.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of what an ONNX file does not compute in integers; bf16 in openvino alone (default: fp32)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
@@ -59,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_files(arguments, {"json": ""})
     exported = is_onnx_file(target)
     complete = exported or is_quantized_model(target)
-    if arguments.runtime is not None and not exported:
-        raise UsageError(f"--runtime is for an exported model, and {target} is no .onnx file")
+    for name in ("runtime", "precision"):
+        if getattr(arguments, name) is not None and not exported:
+            raise UsageError(f"--{name} is for an exported model, and {target} is no .onnx file")
     if complete:
         given = [name for name in MODEL_CHANGES if getattr(arguments, name) not in (None, False)]
         if given:
@@ -68,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UsageError(f"{target} is {kind} model and keeps its own preprocessing; leave out {options}")
         if exported:
-            model = dfq.open_model(target, arguments.runtime or RUNTIMES[0])
+            model = dfq.open_model(target, arguments.runtime or RUNTIMES[0], precision=arguments.precision or "fp32")
         else:
             model = dfq.load(target, device=arguments.device)
         if arguments.baseline or arguments.max_drop is not None:

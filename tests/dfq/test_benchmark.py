@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import dfq
-from dfq import benchmark
+from dfq import benchmark, runtime
 from dfq.benchmark import Bench, Row, Timing, bench
 from dfq.errors import DfqError, UsageError
 from dfq.machine import Machine
@@ -106,6 +107,18 @@ def test_what_the_processor_lacks_is_said() -> None:
     assert lacking(None) == (False, False)
 
 
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what processor this seems to be: one without bf16, at first, wherever the tests run."""
+
+    def seem(*sets: str) -> None:
+        for module in (benchmark, runtime):
+            monkeypatch.setattr(module, "this_machine", lambda: Machine("EPYC", 8, sets))
+
+    seem("avx2", "avx_vnni")
+    return seem
+
+
 @pytest.fixture
 def exported(row_means: Any, described: dict[str, Any], tmp_path: Path) -> Path:
     """A small network that says it is the reference at W8A8."""
@@ -146,6 +159,20 @@ def test_all_contenders_at_all_batch_sizes(exported: Path) -> None:
     assert (full.products, quantized.products) == (None, Products(1, 1))
     assert result.versions.keys() >= {"dfq", "torch", "onnxruntime", "openvino"}
     assert result.skipped == ()
+
+
+@pytest.mark.usefixtures("quick")
+def test_openvino_also_runs_in_bf16_where_the_processor_has_it(exported: Path, processor: Callable[..., None]) -> None:
+    processor("avx2", "amx_int8", "amx_bf16")
+    result = bench(exported, batch_sizes=[1], **SHORT)
+    assert [(row.runtime, row.bits) for row in result.rows[2:]] == [
+        *(("onnxruntime", "fp32"), ("onnxruntime", "w8a8")),
+        *(("openvino", "fp32"), ("openvino", "w8a8"), ("openvino", "bf16"), ("openvino", "w8a8+bf16")),
+    ]
+    assert result.rows[-1].products is not None
+    assert result.full_precision("openvino") is result.rows[4]
+    # Of what is not faster only the file as it is by itself is spoken of.
+    assert not any("w8a8+bf16 is not faster" in note for note in result.notes())
 
 
 @pytest.mark.usefixtures("quick")
@@ -229,10 +256,10 @@ def test_a_runtime_that_cannot_run_the_model_is_left_out_and_said(
 ) -> None:
     open_model = benchmark.open_model
 
-    def refusing(path: Path, runtime: str, *, threads: int | None = None) -> RuntimeModel:
+    def refusing(path: Path, runtime: str, **given: Any) -> RuntimeModel:
         if runtime == "openvino":
             raise DfqError(f"openvino cannot run {path}: no INT4")
-        return open_model(path, runtime, threads=threads)
+        return open_model(path, runtime, **given)
 
     monkeypatch.setattr(benchmark, "open_model", refusing)
     result = bench(exported, batch_sizes=[1], **SHORT)

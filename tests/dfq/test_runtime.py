@@ -17,7 +17,9 @@ from onnx import helper
 from torch.utils.data import TensorDataset
 
 import dfq
+from dfq import runtime as runtime_module
 from dfq.errors import DfqError, UsageError
+from dfq.machine import Machine
 from dfq.models import Model
 from dfq.runtime import Products, count_products, integer_products, is_onnx_file, missing_packages, open_model
 
@@ -178,6 +180,35 @@ def test_what_cannot_be_asked_for(row_means: Any, described: dict[str, Any], tmp
         open_model(path, "tensorrt")
     with pytest.raises(UsageError, match="the number of threads is 0; it must be 1 or more"):
         open_model(path, threads=0)
+
+
+def test_what_is_not_integers_in_bf16(
+    row_means: Any, described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = row_means.write(tmp_path / "m.onnx", described, quantized=True)
+    monkeypatch.setattr(runtime_module, "this_machine", lambda: Machine("old", 2, ("avx2",)))
+    with pytest.raises(DfqError, match="this processor has no instruction for bf16: leave the precision at fp32"):
+        open_model(path, "openvino", precision="bf16")
+    monkeypatch.setattr(runtime_module, "this_machine", lambda: Machine("new", 2, ("amx_bf16",)))
+    for runtime, precision, said in (
+        ("openvino", "fp16", "unknown precision 'fp16': choose from fp32, bf16"),
+        (
+            "onnxruntime",
+            "bf16",
+            "onnxruntime computes in fp32 what it does not in integers; openvino can do so in bf16",
+        ),
+    ):
+        with pytest.raises(UsageError, match=said):
+            open_model(path, runtime, precision=precision)
+    model = open_model(path, "openvino", precision="bf16")
+    assert model.describe().endswith("in openvino, bf16 where not integers")
+    images = random_images(6)
+    expected = row_means.logits(images, quantized=True)
+    np.testing.assert_allclose(model.run(images), expected, atol=2**-6 * np.abs(expected).max())
+    data = TensorDataset(torch.from_numpy(images), torch.zeros(6, dtype=torch.int64))
+    result = dfq.evaluate(model, data, progress=False)
+    assert result.runtime == "openvino (bf16)"
+    assert "openvino" in result.versions
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "openvino"])

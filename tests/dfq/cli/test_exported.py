@@ -79,6 +79,7 @@ def test_bad_input(
     refused(("evaluate", exported, "--crop-pct", "0.9"), 2, "is an exported model and keeps its own preprocessing")
     refused(("evaluate", w8a8, "--runtime", "openvino"), 2, "--runtime is for an exported model")
     refused(("evaluate", "reference", "--runtime", "openvino"), 2, "--runtime is for an exported model")
+    refused(("evaluate", w8a8, "--precision", "bf16"), 2, "--precision is for an exported model")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refused(("evaluate", exported, "--device", "cuda"), 2, "runs in onnxruntime on the CPU, not on cuda")
