@@ -316,16 +316,17 @@ def _contenders(quantized: Sequence[RuntimeModel], full: Model, folder: Path, th
     ]
     exported = folder / "full-precision.onnx"
     export_network(full, exported)
-    halved = not this_machine().lacks_bfloat16
-    for model in quantized:
-        for precision in (FULL, HALF) if halved and model.runtime == "openvino" else (FULL,):
-            whole = open_model(exported, model.runtime, threads=threads, precision=precision)
-            contenders.append(_Contender(model.runtime, precision, exported.stat().st_size, whole.run))
-            own, bits, size = model, model.bits, model.path.stat().st_size
-            if precision == HALF:
-                own = open_model(model.path, model.runtime, threads=threads, precision=HALF)
-                bits = f"{bits}+{HALF}"
-            contenders.append(_Contender(model.runtime, bits, size, own.run, own.session.products()))
+    halved = [
+        open_model(model.path, model.runtime, threads=threads, precision=HALF)
+        for model in quantized
+        if model.runtime == "openvino" and not this_machine().lacks_bfloat16
+    ]
+    for model in (*quantized, *halved):
+        whole = open_model(exported, model.runtime, threads=threads, precision=model.precision)
+        contenders.append(_Contender(model.runtime, model.precision, exported.stat().st_size, whole.run))
+        bits = model.bits if model.precision == FULL else f"{model.bits}+{model.precision}"
+        size = model.path.stat().st_size
+        contenders.append(_Contender(model.runtime, bits, size, model.run, model.session.products()))
     return contenders
 
 
