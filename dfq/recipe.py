@@ -80,7 +80,9 @@ class SiteSettings:
     output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
     the percentile range; quantizer: least_error is the best, by squared error, of uniform, twin_uniform and log; split:
     where a twin_uniform or log quantizer stands, magnitude after softmax or sign after GELU; base: of a log quantizer;
-    outliers: channels whose largest magnitude is more than so many times the median channel's stay apart, at 8 bits.
+    outliers: channels whose largest magnitude is more than so many times the median channel's stay apart, at 8 bits;
+    gradient: where a linear's input has its range searched by squared error, each token also counts by the layer's
+    squared output gradient to this power, 0: gradients are not looked at.
     """
 
     quantize: bool = True
@@ -93,6 +95,7 @@ class SiteSettings:
     split: Literal["magnitude", "sign"] | None = None
     base: Literal["2", "sqrt2", "search"] | None = None
     outliers: float | None = None
+    gradient: float = 0.0
 
     @property
     def needs_values(self) -> bool:
@@ -111,6 +114,8 @@ class SiteSettings:
         """
         if self.outliers is not None and is_weight:
             raise ValueError("outliers are kept apart in activations, not in weights")
+        if self.gradient and is_weight:
+            raise ValueError("gradient is for activations, not for weights")
         if self.base is not None and self.quantizer != "log":
             raise ValueError("base belongs to the log quantizer")
         if self.quantizer != "uniform" and self.split is None:
@@ -181,7 +186,8 @@ class Reconstruction:
     images per step; rates: Adam's learning rate of weights, in units of the layer's mean step, of what AdaRound learns
     in place of them, of the logarithm of scales, of biases and norms; drop: share of activations that enter a block in
     full precision (QDrop); gradient: each token counts by its squared output gradient to this power; feature: weight of
-    the error at the end of the network beside that of the block, 0: only the block is looked at.
+    the error at the end of the network beside that of the block, 0: only the block is looked at; stretch: what enters
+    a block is moved away from its mean over images, by a share of its distance drawn from 0 to this for each image.
     """
 
     rounding: Rounding = "ste"
@@ -194,6 +200,7 @@ class Reconstruction:
     drop: float = 0.5
     gradient: float = 0.0
     feature: float = 0.0
+    stretch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,8 +213,10 @@ class Recipe:
     deferred, exponentials that are normalized after the product with the values; rotate: channels are mixed by
     rotations that cancel, those of each attention head or, full, of the residual stream too; reparametrize: ranges per
     channel are moved into the layers before and after where that is exact, and become ranges per tensor: full
-    (RepQ-ViT), or searched, as far as the product they enter gains by it. The tables range_search, compensation and
-    reconstruction say how these are done. Of the last five, None: not at all.
+    (RepQ-ViT), or searched, as far as the product they enter gains by it; stretch: the ranges of activations are looked
+    for with what enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this
+    for each image. The tables range_search, compensation and
+    reconstruction say how these are done. Of those and the two before stretch, None: not at all.
     """
 
     name: str
@@ -221,6 +230,7 @@ class Recipe:
     softmax: Softmax = "normalized"
     rotate: Rotation | None = None
     reparametrize: Reparametrization | None = None
+    stretch: float = 0.0
     range_search: OutputSearch | None = None
     compensation: Compensation | None = None
     reconstruction: Reconstruction | None = None
@@ -243,7 +253,7 @@ class Recipe:
             value[part] = {
                 f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None
             }
-        value |= {"num_images": self.num_images, "softmax": self.softmax}
+        value |= {"num_images": self.num_images, "softmax": self.softmax, "stretch": self.stretch}
         for key in ("rotate", "reparametrize"):
             if getattr(self, key) is not None:
                 value[key] = getattr(self, key)
@@ -297,7 +307,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
     first_last = content.get("first_last_bits")
     if first_last is not None:
         _check_value("first_last_bits", first_last, where)
-    for key in ("num_images", "softmax", "rotate", "reparametrize"):
+    for key in ("num_images", "softmax", "rotate", "reparametrize", "stretch"):
         if key in content:
             _check_value(key, content[key], where)
     for part in ("weights", "activations", "sites", *_ALGORITHMS):
@@ -328,6 +338,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
         softmax=content.get("softmax", "normalized"),
         rotate=content.get("rotate"),
         reparametrize=content.get("reparametrize"),
+        stretch=content.get("stretch", 0.0),
         **{table: _algorithm(kind, content.get(table), f"{where}, {table}") for table, kind in _ALGORITHMS.items()},
     )
 
@@ -364,6 +375,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "bias_rate": (0.0, 1.0),
     "drop": (0.0, 1.0),
     "feature": (0.0, 1e3),
+    "stretch": (0.0, 10.0),
     "damping": (0.0, 1e3),
 }
 

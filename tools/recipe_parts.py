@@ -50,6 +50,16 @@ def no_errors_that_count_differently(recipe: Recipe) -> Recipe:
     return drop_from_sites(replace(recipe, weights=replace(recipe.weights, range="mse")), "range", "token_mse")
 
 
+def no_tokens_by_gradient(recipe: Recipe) -> Recipe:
+    """Where ranges are found. In compensation and in tuning they stay: those are parts of their own."""
+    return replace(recipe, activations=replace(recipe.activations, gradient=0.0))
+
+
+def no_stretching(recipe: Recipe) -> Recipe:
+    tuning = recipe.reconstruction
+    return replace(recipe, stretch=0.0, reconstruction=tuning and replace(tuning, stretch=0.0))
+
+
 def no_rescaled_channels(recipe: Recipe) -> Recipe:
     # Not the ranges per head: those need no moving.
     return drop_from_sites(replace(recipe, reparametrize=None), "granularity", "channel")
@@ -77,6 +87,8 @@ PARTS: dict[str, Callable[[Recipe], Recipe]] = {
     "grids": no_grids,
     "outliers apart": no_outliers_apart,
     "errors that count differently": no_errors_that_count_differently,
+    "tokens by gradient": no_tokens_by_gradient,
+    "stretching": no_stretching,
     "rescaled channels": no_rescaled_channels,
     "rotation": no_rotation,
     "late normalization": no_late_normalization,

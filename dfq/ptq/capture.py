@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,33 +46,37 @@ class Sample:
 
     parts: how many times the elements of the first tensor will come in all, the first included; largest: so many rows
     of each tensor, those with the largest values, are taken whatever is drawn. Massive activations are in few tokens.
+    tokens: [B, N] of each tensor to come, how much its tokens count; those that count most are taken as well, a
+    quarter as many as are drawn. None: all alike.
     """
 
-    def __init__(self, parts: float, seed: int, largest: int = 0) -> None:
+    def __init__(self, parts: float, seed: int, largest: int = 0, tokens: Sequence[Tensor] | None = None) -> None:
         self._parts = parts
         self._largest = largest
+        self._tokens = None if tokens is None else iter(tokens)
         self._share: float | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: list[Tensor] = []
-        self._stands_for: list[Tensor] = []
+        self._importance: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         # Rows first: [B, N, C] -> [B * N, C]; [B, heads, N, D] -> [B * N, heads, 1, D], so that axis 1 is still heads.
         rows = x.transpose(1, 2).flatten(0, 1).unsqueeze(2) if x.dim() == 4 else x.flatten(0, -2)
         if self._share is None:
             self._share = SAMPLE_ELEMENTS / (x.numel() * self._parts)
-        stands_for = torch.ones(len(rows), device=x.device)
+        counts = torch.ones(len(rows), device=x.device) if self._tokens is None else next(self._tokens).flatten()
         if self._share < 1.0:
-            total, count = len(rows), max(1, round(len(rows) * self._share))
-            chosen = torch.randperm(len(rows), generator=self._generator)[:count].to(x.device)
+            total, drawn = len(rows), max(1, round(len(rows) * self._share))
+            chosen = torch.randperm(total, generator=self._generator)[:drawn].to(x.device)
+            if self._tokens is not None:
+                chosen = _with_largest(chosen, counts, drawn // 4)
             if self._largest:
-                sizes = rows.flatten(1).abs().amax(1)
-                sizes[chosen] = -1.0  # Once is enough.
-                chosen = torch.cat([chosen, sizes.topk(min(self._largest, len(rows) - count)).indices])
-            rows, stands_for = rows[chosen], stands_for[chosen]
-            stands_for[:count] = (total - (len(rows) - count)) / count
+                chosen = _with_largest(chosen, rows.flatten(1).abs().amax(1), self._largest)
+            rows, counts = rows[chosen], counts[chosen]
+            # What is there whatever is drawn stands for itself.
+            counts[:drawn] *= ((total - (len(rows) - drawn)) / drawn) ** 0.5
         self._rows.append(rows.clone())
-        self._stands_for.append(stands_for)
+        self._importance.append(counts)
 
     def values(self) -> Tensor:
         if not self._rows:
@@ -82,14 +86,20 @@ class Sample:
         return torch.cat([F.pad(rows, (0, longest - rows.shape[-1])) for rows in self._rows])
 
     def importance(self) -> Tensor:
-        """How much a squared error in each row of `values` counts: the root of the number of rows it stands for.
+        """How much a squared error in each row of `values` counts: what its token does, times the root of the number
+        of rows it stands for.
 
         A row that was drawn stands for many, one taken for its size for itself. Were all to count alike, the few large
         ones would stretch a range of few levels; in proportion, they would be clipped where levels are plenty, and
         models lean on them. Under the root both come out nearly as well as they can. Shape [R, 1, ...].
         """
-        stands_for = torch.cat(self._stands_for)
-        return stands_for.sqrt().view(-1, *[1] * (self._rows[0].dim() - 1))
+        return torch.cat(self._importance).view(-1, *[1] * (self._rows[0].dim() - 1))
+
+
+def _with_largest(chosen: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """Rows `chosen`, and of the others those `count` whose size [R] is largest."""
+    others = sizes.index_fill(0, chosen, -1.0)
+    return torch.cat([chosen, others.topk(min(count, len(sizes) - len(chosen))).indices])
 
 
 class InputImportance:

@@ -17,14 +17,15 @@ from calibration.tokens import PatchGrid
 from dfq.errors import DfqError
 from dfq.models import Model, Network
 from dfq.progress import progress_bar
-from dfq.ptq.fitting import fit_sites, move_ranges, observe, place_sites
+from dfq.ptq.fitting import fit_sites, move_ranges, observe_apart, place_sites
 from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.ptq.products import search_stage
-from dfq.ptq.reconstruct import Reconstructor, exact_weights
+from dfq.ptq.reconstruct import Reconstructor
 from dfq.ptq.rotate import rotate
 from dfq.ptq.sites import POSITION_EMBEDDING, PlannedSite, plan_sites
 from dfq.ptq.stages import stages
+from dfq.ptq.stretch import stretched
 from dfq.recipe import DEFAULT_RECIPE, Bits, Recipe, load_recipe, parse_bits
 from dfq.support import check_quantizable
 from quantizers import Quantizer, pack
@@ -123,7 +124,8 @@ def quantize(
 
     dampings = () if chosen.compensation is None else chosen.compensation.damping
     gradients: dict[str, list[Tensor]] = {}
-    if any(part is not None and part.gradient > 0 for part in (chosen.compensation, chosen.reconstruction)):
+    powers = [part.gradient for part in (chosen.compensation, chosen.reconstruction) if part is not None]
+    if any(power > 0 for power in [*powers, *(p.settings.gradient for p in planned)]):
         weighted = [p.site.owner for p in planned if p.site.is_weight]
         gradients = token_gradients(module, weighted, batches)
     quantized = QuantizedModel(
@@ -151,15 +153,18 @@ def quantize(
         for index, stage in list(enumerate(chain))[done:]:
             run = stage.run
             sites = [p for p in planned if stage.owns(p.site.name)]
-            sites = move_ranges(module, stage, sites, chosen, inputs, run)
-            seen = observe(module, sites, chosen.compensation, inputs, run, gradients)
+            looked_at = inputs
+            if chosen.stretch > 0 and stage.module is not None:
+                looked_at = stretched(inputs, chosen.stretch, stage.name)
+            sites = move_ranges(module, stage, sites, chosen, looked_at, run, gradients)
+            seen = observe_apart(module, sites, chosen.compensation, inputs, looked_at, run, gradients)
             found = fit_sites(module, sites, seen)
             if chosen.range_search is not None:
                 search_stage(module, stage, chain[index + 1 :], found, inputs, run, chosen.range_search)
-            exact = exact_weights(stage)
+            original = copy.deepcopy(stage.module) if reconstructor is not None else None
             place_sites(module, sites, found, seen.moments, dampings)
             if reconstructor is not None:
-                reconstructor.tune(stage, exact, inputs, seen.outputs, run)
+                reconstructor.tune(stage, original, inputs, seen.outputs)
             quantized.sites |= found
             inputs = seen.outputs
             if kept is not None:

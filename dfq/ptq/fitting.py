@@ -76,8 +76,11 @@ def observe(
                 listeners[2][layer.input] = _rows_into(moments[name], layer)
         elif name != POSITION_EMBEDDING:
             slot = network.get_submodule(name)
-            sample = Sample(parts, seed=0, largest=_LARGEST_TOKENS) if p.settings.needs_values else Extremes()
-            ranges[name] = listeners[0][slot] = sample
+            recorder: Extremes | Sample = Extremes()
+            if p.settings.needs_values:
+                tokens = _token_weights(p, network, gradients)
+                recorder = Sample(parts, seed=0, largest=_LARGEST_TOKENS, tokens=tokens)
+            ranges[name] = listeners[0][slot] = recorder
             slots[slot] = name
     with (
         capture.recording(listeners[0]) as passed,
@@ -97,6 +100,38 @@ def observe(
     return Observed(outputs, values, importance, moments)
 
 
+def observe_apart(
+    network: nn.Module,
+    sites: Sequence[PlannedSite],
+    compensation: Compensation | None,
+    inputs: Sequence[Any],
+    looked_at: Sequence[Any],
+    run: Callable[[Any], Tensor],
+    gradients: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+) -> Observed:
+    """As `observe`, with what activations need for their ranges seen on `looked_at` instead of `inputs`."""
+    if looked_at is inputs:
+        return observe(network, sites, compensation, inputs, run, gradients)
+    activations, weights = ([p for p in sites if p.site.is_weight == kind] for kind in (False, True))
+    ranges = observe(network, activations, None, looked_at, run, gradients)
+    rest = observe(network, weights, compensation, inputs, run, gradients)
+    return Observed(rest.outputs, ranges.values, ranges.importance | rest.importance, rest.moments)
+
+
+def _token_weights(
+    planned: PlannedSite, network: nn.Module, gradients: Mapping[str, Sequence[Tensor]]
+) -> list[Tensor] | None:
+    """How much each token counts where a linear's input gets its range; None: all alike.
+
+    All count alike, too, where tokens lie on a grid, in the mlps of Swin: what is sampled there are not single ones.
+    """
+    site, power = planned.site, planned.settings.gradient
+    found = gradients.get(site.owner)
+    if power == 0 or site.slot != "input" or found is None or found[0].dim() > 2:
+        return None
+    return tempered(found, power) if isinstance(network.get_submodule(site.owner), QuantizedLinear) else None
+
+
 def move_ranges(
     network: nn.Module,
     stage: Stage,
@@ -104,12 +139,13 @@ def move_ranges(
     recipe: Recipe,
     inputs: Sequence[Any],
     run: Callable[[Any], Tensor],
+    gradients: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
 ) -> list[PlannedSite]:
     """Reparametrise a stage where the recipe says so; gives its sites as they are to be quantized then."""
     by_channel = [p for p in sites if p.settings.granularity == "channel" and not p.site.is_weight]
     if recipe.reparametrize is None or not by_channel:
         return sites
-    return reparametrize(stage, sites, observe(network, by_channel, None, inputs, run), recipe.reparametrize)
+    return reparametrize(stage, sites, observe(network, by_channel, None, inputs, run, gradients), recipe.reparametrize)
 
 
 def reparametrize(

@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from calibration.passes import low_precision, resolve_precision
+from dfq.ptq.fitting import layer_of
 from dfq.ptq.gradients import stage_importance
 from dfq.ptq.modules import QuantizedLayer
 from dfq.ptq.rounding import regulariser
 from dfq.ptq.stages import Stage, stages, suffix
+from dfq.ptq.stretch import away
 from dfq.ptq.tuning import Tuned, tunable
 from dfq.recipe import Reconstruction
-
-
-def exact_weights(stage: Stage) -> dict[QuantizedLayer, Tensor]:
-    """The weights of a stage's layers as they are: to be taken before they are rounded."""
-    layers = () if stage.module is None else stage.module.modules()
-    return {layer: layer.weight for layer in layers if isinstance(layer, QuantizedLayer)}
 
 
 class Reconstructor:
@@ -48,7 +44,7 @@ class Reconstructor:
         self._gradients = gradients
         self.entering: Sequence[Any] = batches
         self._features: list[Tensor] = []
-        if settings.feature > 0:
+        if settings.feature > 0 and settings.stretch == 0:
             stem = stages(network)[0]
             self._features = [suffix(network, stem, run(batch)).feature for batch in batches]
 
@@ -56,52 +52,69 @@ class Reconstructor:
     def tune(
         self,
         stage: Stage,
-        exact: Mapping[QuantizedLayer, Tensor],
+        original: nn.Module | None,
         full: Sequence[Any],
         targets: Sequence[Tensor],
-        run: Callable[[Any], Tensor],
     ) -> None:
         """Tune the weights, scales, biases and norms of a stage; its integers and scales are replaced in place.
 
         Minimises the squared error of the stage's output, each token relative to its size, and, weighted, of the
         features at the end of the network (GLF-Q), straight through the roundings (STE for values, LSQ, ICLR 2020, for
         scales); weights, if the settings say so, by AdaRound. What enters is what the quantized stages before give,
-        some elements of it in full precision (QDrop, ICLR 2022).
+        some elements of it in full precision (QDrop, ICLR 2022); stretched, if the settings say so, and so are then
+        its targets.
 
-        exact: the weights of the stage's layers before they were rounded; full: what enters the stage in full
-        precision, batch by batch; targets: what it gives then; run: the stage.
+        original: a copy of the stage's module before anything of it was quantized; full: what enters the stage in full
+        precision, batch by batch; targets: what it gives then.
         """
-        if stage.module is not None:
+        if stage.module is not None and original is not None:
+            exact = {
+                layer: layer_of(original, path).weight
+                for path, layer in stage.module.named_modules()
+                if isinstance(layer, QuantizedLayer)
+            }
             with tunable(stage.module, exact, self._settings.rounding) as tuned, torch.enable_grad():
-                self._descend(stage, tuned, full, targets)
-        self.entering = [run(batch) for batch in self.entering]
+                self._descend(stage, original, tuned, full, targets)
+        self.entering = [stage.run(batch) for batch in self.entering]
 
-    def _descend(self, stage: Stage, tuned: Tuned, full: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    @torch.no_grad()
+    def _feature(self, stage: Stage, given: Tensor) -> Tensor:
+        """At the end of the network, in full precision, of what a stage gave."""
+        return suffix(self._network, stage, given).feature
+
+    def _descend(
+        self, stage: Stage, original: nn.Module, tuned: Tuned, full: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> None:
         settings, device = self._settings, targets[0].device
         precision = resolve_precision("auto", device)
         importance = stage_importance(stage, self._gradients, settings.gradient)
         # Of the stage's own: what comes of it must not hang on whether those before it were tuned in this run.
         generator = torch.Generator().manual_seed(zlib.crc32(stage.name.encode()))
 
-        def losses(batch: int, chosen: Tensor, entering: Tensor) -> list[Tensor]:
+        def losses(batch: int, chosen: Tensor, entering: Tensor, target: Tensor) -> list[Tensor]:
             """Of a batch's chosen images: the error of the stage and, if asked for, of the features at the end."""
             with low_precision(device, precision):
                 found = stage.run(entering)
-                ending = suffix(self._network, stage, found) if self._features else None
-            target = targets[batch][chosen]
+                ending = suffix(self._network, stage, found) if settings.feature > 0 else None
             error = (found.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=_TINY)
             parts = [(error if importance is None else error * importance[batch][chosen]).mean()]
             if ending is not None:
-                parts.append((ending.feature.float() - self._features[batch][chosen]).square().mean())
+                wanted = self._features[batch][chosen] if self._features else self._feature(stage, target)
+                parts.append((ending.feature.float() - wanted).square().mean())
             return parts
 
         optimizer, schedule = _optimizer(tuned, settings)
         weights: list[Tensor] = []
         for step in range(settings.iterations):
             batch, chosen = _draw(targets, settings.batch_size, generator)
-            entering = self.entering[batch][chosen]
+            entering, exact, target = self.entering[batch][chosen], full[batch][chosen], targets[batch][chosen]
             dropped = torch.rand(entering.shape, generator=generator).to(device) < settings.drop
-            drawn = batch, chosen, torch.where(dropped, full[batch][chosen], entering)
+            if settings.stretch > 0:
+                moved = away(exact, full[batch].mean(0), settings.stretch, generator)
+                entering, exact = entering + moved, exact + moved
+                with torch.no_grad():
+                    target = original(exact)
+            drawn = batch, chosen, torch.where(dropped, exact, entering), target
             if not weights:
                 # Each in units of what it is with all weights rounded: their sizes differ from block to block.
                 with torch.no_grad():

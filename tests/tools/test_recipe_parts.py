@@ -21,10 +21,12 @@ from dfq.ptq.sites import plan_sites
 from dfq.recipe import Recipe, SiteSettings, load_recipe, parse_bits
 
 FAST = load_recipe("fast")
-TUNED = replace(FAST, reconstruction=load_recipe("accurate").reconstruction)
+TUNING = load_recipe("accurate").reconstruction
+assert TUNING is not None
+TUNED = replace(FAST, reconstruction=TUNING)
 PLAIN = SiteSettings(quantizer="uniform", symmetric=False, granularity="tensor", range="mse")
-PARTS = ["grids", "outliers apart", "errors that count differently", "rescaled channels", "rotation"]
-PARTS += ["late normalization", "compensation", "reconstruction"]
+PARTS = ["grids", "outliers apart", "errors that count differently", "tokens by gradient", "stretching"]
+PARTS += ["rescaled channels", "rotation", "late normalization", "compensation", "reconstruction"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,12 @@ def test_the_parts_are_these_in_this_order(tool: Any) -> None:
         ("outliers apart", {}, {"fc2.input": {"outliers": None}}),
         ("errors that count differently", {}, {"weight": {"range": "mse"}, "fc2.input": {"range": "mse"}}),
         (
+            "tokens by gradient",
+            {},
+            {f".{slot}": {"gradient": 0.0} for slot in ("input", "q", "k", "v", "softmax")},
+        ),
+        ("stretching", {"stretch": 0.0, "reconstruction": replace(TUNING, stretch=0.0)}, {}),
+        (
             "rescaled channels",
             {"reparametrize": None},
             {name: {"granularity": "tensor"} for name in ("qkv.input", "fc1.input", "attn.proj.input")},
@@ -83,7 +91,9 @@ def test_a_part_takes_out_what_it_says_and_nothing_else(
     left = tool.without(TUNED, [part])
     found = changed(TUNED, left)
     assert found
-    assert {name: value for name, value in found.items() if name not in ("weights", "sites")} == of_recipe
+    assert {
+        name: value for name, value in found.items() if name not in ("weights", "activations", "sites")
+    } == of_recipe
     whole, after = settings(TUNED), settings(left)
     assert set(whole) == set(after)
     for name in whole:
@@ -96,7 +106,7 @@ def test_parts_go_in_any_order_and_any_of_them_without_the_others(
 ) -> None:
     for one, other in permutations(PARTS, 2):
         assert tool.without(TUNED, [one, other]) == tool.without(TUNED, [other, one])
-    of_sites = [*PARTS[:4], "late normalization"]
+    of_sites = [*PARTS[:4], "rescaled channels", "late normalization"]
     for count in range(len(of_sites) + 1):
         for some in combinations(of_sites, count):
             settings(tool.without(TUNED, some))  # raises RecipeError where settings contradict each other
@@ -106,7 +116,7 @@ def test_without_any_part_it_is_rounding_to_nearest(
     tool: Any, settings: Callable[[Recipe], dict[str, SiteSettings]]
 ) -> None:
     nothing = tool.recipes()["added in turn", "nothing"]
-    assert nothing.softmax == "normalized"
+    assert (nothing.softmax, nothing.stretch) == ("normalized", 0.0)
     algorithms = ("rotate", "reparametrize", "range_search", "compensation", "reconstruction")
     assert [getattr(nothing, name) for name in algorithms] == [None] * 5
     for name, found in settings(nothing).items():

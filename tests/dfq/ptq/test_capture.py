@@ -157,3 +157,32 @@ def test_where_every_row_is_taken_all_count_alike() -> None:
     for _ in range(2):
         sample.add(torch.randn(1, 3, 5, 2))  # [1, 3 heads, 5 tokens, 2]
     assert sample.importance().tolist() == [[[[1.0]]]] * 10
+
+
+def test_tokens_that_count_most_are_taken_whatever_is_drawn() -> None:
+    rows = capture.SAMPLE_ELEMENTS // 8  # As many as a sample takes; there are twice as many.
+    x = torch.arange(2.0 * rows).view(2, rows, 1).expand(2, rows, 8)
+    counts = torch.full((2, rows), 0.5)
+    counts[0, 17] = counts[1, 5] = 9.0
+    sample = Sample(1.0, seed=0, tokens=[counts])
+    sample.add(x)
+    values, importance = sample.values()[:, 0], sample.importance()[:, 0]
+    # A quarter as many as were drawn, those with 9 among them; these stand for themselves, unless they were drawn.
+    assert len(values) == rows + rows // 4
+    assert len(values.unique()) == len(values)
+    stands_for = (2 * rows - rows // 4) / rows
+    for row in (17, rows + 5):
+        (found,) = (values == row).nonzero()[:, 0].tolist()
+        assert importance[found].item() == pytest.approx(9.0 * (stands_for**0.5 if found < rows else 1.0))
+    others = (values != 17) & (values != rows + 5)
+    assert importance[:rows][others[:rows]].tolist() == pytest.approx(
+        [0.5 * stands_for**0.5] * int(others[:rows].sum())
+    )
+    assert importance[rows:][others[rows:]].tolist() == [0.5] * int(others[rows:].sum())
+
+
+def test_what_tokens_count_follows_them_batch_by_batch() -> None:
+    sample = Sample(2.0, seed=0, tokens=[torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])
+    for batch in (torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0], [4.0]]])):
+        sample.add(batch)
+    assert torch.equal(sample.values(), sample.importance())

@@ -13,9 +13,11 @@ import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError
 from dfq.models import Model
-from dfq.ptq.fitting import fit_quantizer
+from dfq.ptq.engine import prepare
+from dfq.ptq.fitting import fit_quantizer, observe
 from dfq.ptq.sites import PlannedSite, Site
-from dfq.recipe import SiteSettings, recipe_from_dict
+from dfq.ptq.stages import stages
+from dfq.recipe import SiteSettings, parse_bits, recipe_from_dict
 from quantizers import LogQuantizer, OutlierQuantizer, Quantizer, TwinUniformQuantizer, UniformQuantizer
 
 
@@ -237,3 +239,35 @@ def test_the_search_does_no_worse_than_all_or_nothing(
         errors[how] = ((passed[-1] - passed[0]).square().sum(-1) / passed[0].square().sum(-1)).mean().item()
     assert max(errors.values()) > 1.1 * min(errors.values())
     assert errors["searched"] < 1.05 * min(errors.values())
+
+
+# --- tokens that count by their gradient
+
+
+def test_tokens_of_a_linears_input_count_by_its_gradient(
+    tiny: Callable[..., Model], tiny_swin: Callable[..., Model]
+) -> None:
+    recipe = recipe_from_dict({"activations": {"range": "mse", "gradient": 0.5}}, name="r", where="r")
+    module, planned = prepare(tiny(), parse_bits("w8a4"), recipe)
+    block = stages(module)[1]
+    sites = [p for p in planned if block.owns(p.site.name) and not p.site.is_weight]
+    tokens = randn(2, 17, 24)
+    gradients = {
+        f"blocks.0.{layer}": [randn(2, 17, seed=seed).square()]
+        for seed, layer in enumerate(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+    }
+    found = observe(module, sites, None, [tokens], block.run, gradients).importance
+    for layer, (squares,) in gradients.items():
+        expected = ((squares + 1e-3 * squares.mean()) / squares.mean()).sqrt()
+        torch.testing.assert_close(found[f"{layer}.input"].flatten(), expected.flatten())
+    for slot in ("q", "k", "v", "softmax"):
+        assert bool((found[f"blocks.0.attn.{slot}"] == 1).all())
+    alike = observe(module, sites, None, [tokens], block.run).importance
+    assert all(bool((counts == 1).all()) for counts in alike.values())
+    # In Swin's mlps tokens lie on a grid.
+    module, planned = prepare(tiny_swin(), parse_bits("w8a4"), recipe)
+    block = stages(module)[1]
+    sites = [p for p in planned if block.owns(p.site.name) and p.site.name.endswith("mlp.fc1.input")]
+    batch = module.patch_embed(randn(2, 3, 32, 32))
+    found = observe(module, sites, None, [batch], block.run, {sites[0].site.owner: [batch.square().sum(-1)]}).importance
+    assert bool((found[sites[0].site.name] == 1).all())

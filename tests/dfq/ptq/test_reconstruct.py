@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ def logits_error(model: Model, images: CalibrationSet, reconstruction: Reconstru
         {},
         {"gradient": 0.5},
         {"feature": 1.0},
+        {"stretch": 1.0},
+        {"stretch": 1.0, "feature": 1.0},
         {"drop": 0.0},
         {"drop": 1.0},
         {"rounding": "adaround", "rounding_rate": 0.1, "iterations": 100},
@@ -129,12 +132,8 @@ def test_adaround_beats_rounding_to_nearest_by_rounding_up_or_down(
     linear.weight.copy_(weights)
     layer = QuantizedLinear(linear)
     module, scale = nn.Sequential(layer), quantizer.tensors()["scale"]
-    stage, exact, seen, unseen = (
-        Stage("layer", module, module, ("0.",)),
-        {layer: layer.weight},
-        inputs[:32],
-        inputs[32:],
-    )
+    stage, original = Stage("layer", module, module, ("0.",)), copy.deepcopy(module)
+    seen, unseen = inputs[:32], inputs[32:]
     nearest = quantizer.quantize(weights)
     layer.set_integers(quantizer, nearest)
 
@@ -144,7 +143,7 @@ def test_adaround_beats_rounding_to_nearest_by_rounding_up_or_down(
     before, before_unseen = error(seen), error(unseen)
     settings = Reconstruction(rounding="adaround", iterations=150, rounding_rate=0.1, drop=0.0)
     reconstructor = Reconstructor(module, settings, [seen], module, {})
-    reconstructor.tune(stage, exact, [seen], [seen @ weights.T], module)
+    reconstructor.tune(stage, original, [seen], [seen @ weights.T])
     assert error(seen) < 0.6 * before
     assert error(unseen) < 0.6 * before_unseen
     assert torch.equal(quantizer.tensors()["scale"], scale)
