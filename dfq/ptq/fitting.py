@@ -110,9 +110,9 @@ def observe_apart(
     gradients: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
 ) -> Observed:
     """As `observe`, with what activations need for their ranges seen on `looked_at` instead of `inputs`."""
-    if looked_at is inputs:
-        return observe(network, sites, compensation, inputs, run, gradients)
     activations, weights = ([p for p in sites if p.site.is_weight == kind] for kind in (False, True))
+    if looked_at is inputs or not activations:
+        return observe(network, sites, compensation, inputs, run, gradients)
     ranges = observe(network, activations, None, looked_at, run, gradients)
     rest = observe(network, weights, compensation, inputs, run, gradients)
     return Observed(rest.outputs, ranges.values, ranges.importance | rest.importance, rest.moments)
