@@ -215,8 +215,8 @@ class Recipe:
     channel are moved into the layers before and after where that is exact, and become ranges per tensor: full
     (RepQ-ViT), or searched, as far as the product they enter gains by it; stretch: the ranges of activations are looked
     for with what enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this
-    for each image. The tables range_search, compensation and
-    reconstruction say how these are done. Of those and the two before stretch, None: not at all.
+    for each image. The tables range_search, compensation and reconstruction say how these are done. Of those, rotate
+    and reparametrize, None: not at all.
     """
 
     name: str
