@@ -19,6 +19,7 @@ from calibration.files import read_text
 from dfq.errors import RecipeError, UsageError
 from quantizers import (
     GELU_MINIMUM,
+    DynamicQuantizer,
     Granularity,
     LogQuantizer,
     PerAxis,
@@ -82,7 +83,8 @@ class SiteSettings:
     where a twin_uniform or log quantizer stands, magnitude after softmax or sign after GELU; base: of a log quantizer;
     outliers: channels whose largest magnitude is more than so many times the median channel's stay apart, at 8 bits;
     gradient: where a linear's input has its range searched by squared error, each token also counts by the layer's
-    squared output gradient to this power, 0: gradients are not looked at.
+    squared output gradient to this power, 0: gradients are not looked at; dynamic_up_to: of so many bits and fewer, a
+    uniform activation that keeps no range per channel has one of each token's own, found when the model runs.
     """
 
     quantize: bool = True
@@ -96,6 +98,7 @@ class SiteSettings:
     base: Literal["2", "sqrt2", "search"] | None = None
     outliers: float | None = None
     gradient: float = 0.0
+    dynamic_up_to: int | None = None
 
     @property
     def needs_values(self) -> bool:
@@ -116,6 +119,8 @@ class SiteSettings:
             raise ValueError("outliers are kept apart in activations, not in weights")
         if self.gradient and is_weight:
             raise ValueError("gradient is for activations, not for weights")
+        if self.dynamic_up_to is not None:
+            self._check_dynamic(is_weight=is_weight)
         if self.base is not None and self.quantizer != "log":
             raise ValueError("base belongs to the log quantizer")
         if self.quantizer != "uniform" and self.split is None:
@@ -124,6 +129,14 @@ class SiteSettings:
             raise ValueError("split belongs to the quantizers twin_uniform, log and least_error")
         kinds = ("twin_uniform", "log", "uniform") if self.quantizer == "least_error" else (self.quantizer,)
         return [self._build(kind, bits, is_weight=is_weight) for kind in kinds]
+
+    def _check_dynamic(self, *, is_weight: bool) -> None:
+        if is_weight:
+            raise ValueError("dynamic_up_to is for activations, not for weights")
+        if self.quantizer != "uniform" or self.outliers is not None:
+            raise ValueError("dynamic_up_to is for the uniform quantizer, with no outliers kept apart")
+        if self.range not in ("minmax", "mse", "token_mse"):
+            raise ValueError(f"with dynamic_up_to the range is minmax, mse or token_mse, not {self.range}")
 
     def _build(self, kind: str, bits: int, *, is_weight: bool) -> Quantizer:
         if kind == "twin_uniform" and self.split is not None:
@@ -142,6 +155,8 @@ class SiteSettings:
         parameters = {} if self.percent is None else {"percent": self.percent}
         if self.range in (("token_mse", "probability_mse") if is_weight else ("output_mse",)):
             raise ValueError(f"range {self.range!r} is not for {'weights' if is_weight else 'activations'}")
+        if self.dynamic_up_to is not None and bits <= self.dynamic_up_to and self.granularity != "channel":
+            return DynamicQuantizer(bits, symmetric=self.symmetric, searched=self.range != "minmax")
         # The weighted searches are the plain one, told how much each error counts.
         plain = "mse" if self.range.endswith("_mse") else self.range
         search: RangeSearch = range_search(plain, **parameters)
@@ -395,6 +410,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "split": ("magnitude", "sign"),
     "bits": tuple(range(2, 9)),
     "first_last_bits": tuple(range(2, 9)),
+    "dynamic_up_to": tuple(range(2, 9)),
 }
 
 

@@ -1,6 +1,7 @@
 """Tensors in, integers out: quantizers, the searches for their ranges, and the packing of their integers."""
 
 from quantizers.base import Quantizer
+from quantizers.dynamic import DynamicQuantizer
 from quantizers.granularity import Granularity, PerAxis, PerTensor, granularity_from_dict
 from quantizers.logarithmic import LogQuantizer
 from quantizers.outliers import OutlierQuantizer, outlier_channels
@@ -13,6 +14,7 @@ from quantizers.uniform import UniformQuantizer
 __all__ = [
     "GELU_MINIMUM",
     "MSE",
+    "DynamicQuantizer",
     "Granularity",
     "LogQuantizer",
     "MinMax",

@@ -169,8 +169,8 @@ class Quantizer(nn.Module, ABC):
     def _load_best(self, candidates: Sequence[Mapping[str, Tensor]], values: Tensor, importance: Tensor | None) -> None:
         """Load the candidate with the least squared error on `values` as a whole; of equals, the first."""
         width = chunk_elements(values.device)
-        parts = torch.split(values.flatten(), width)
-        weights = [None] * len(parts) if importance is None else torch.split(importance.flatten(), width)
+        parts = self._chunks(values, width)
+        weights = [None] * len(parts) if importance is None else self._chunks(importance, width)
         errors = values.new_zeros(len(candidates), dtype=torch.float64)
         for error, candidate in zip(errors, candidates, strict=True):
             self.load_tensors(candidate)
@@ -178,6 +178,10 @@ class Quantizer(nn.Module, ABC):
                 squares = self._fake_quantize(part).sub_(part).square_()
                 error += (squares if weight is None else squares.mul_(weight)).sum()
         self.load_tensors(candidates[int(errors.argmin())])
+
+    def _chunks(self, tensor: Tensor, elements: int) -> Sequence[Tensor]:
+        """`tensor` in parts of about so many elements, each of which can be quantized by itself."""
+        return torch.split(tensor.flatten(), elements)
 
     def _require_fitted(self) -> None:
         if not self.fitted:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from quantizers.base import Quantizer
+from quantizers.dynamic import DynamicQuantizer
 from quantizers.granularity import granularity_from_dict
 from quantizers.logarithmic import LogQuantizer
 from quantizers.outliers import OutlierQuantizer
@@ -55,6 +56,10 @@ def _uniform(description: Mapping[str, Any]) -> Quantizer:
     )
 
 
+def _dynamic(description: Mapping[str, Any]) -> Quantizer:
+    return DynamicQuantizer(description["bits"], symmetric=description["symmetric"], searched=description["searched"])
+
+
 def _twin_uniform(description: Mapping[str, Any]) -> Quantizer:
     return TwinUniformQuantizer(description["bits"], split=description["split"])
 
@@ -74,5 +79,6 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Quantizer]]] = {
     "uniform": ({"bits", "symmetric", "granularity", "search"}, _uniform),
     "twin_uniform": ({"bits", "split"}, _twin_uniform),
     "log": ({"bits", "base", "shift"}, _log),
+    "dynamic": ({"bits", "symmetric", "searched"}, _dynamic),
     "outliers": ({"main"}, _outliers),
 }

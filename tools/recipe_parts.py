@@ -65,6 +65,10 @@ def no_rescaled_channels(recipe: Recipe) -> Recipe:
     return drop_from_sites(replace(recipe, reparametrize=None), "granularity", "channel")
 
 
+def no_ranges_per_token(recipe: Recipe) -> Recipe:
+    return drop_from_sites(recipe, "dynamic_up_to")
+
+
 def no_rotation(recipe: Recipe) -> Recipe:
     return replace(recipe, rotate=None)
 
@@ -90,6 +94,7 @@ PARTS: dict[str, Callable[[Recipe], Recipe]] = {
     "tokens by gradient": no_tokens_by_gradient,
     "stretching": no_stretching,
     "rescaled channels": no_rescaled_channels,
+    "ranges per token": no_ranges_per_token,
     "rotation": no_rotation,
     "late normalization": no_late_normalization,
     "compensation": no_compensation,

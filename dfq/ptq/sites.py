@@ -99,6 +99,10 @@ def _check_fit(site: Site, settings: SiteSettings) -> None:
         raise ValueError("range 'probability_mse' is only for softmax")
     if site.is_weight:
         return
+    if settings.dynamic_up_to is not None and (
+        site.slot not in ("input", "q", "k") or site.owner == "patch_embed.proj"
+    ):
+        raise ValueError("dynamic_up_to is only for inputs of linears, q and k: products sum over the tokens of others")
     if settings.granularity == "head" and site.slot not in ("q", "k", "v", "scores", "softmax"):
         raise ValueError("granularity 'head' is only for q, k, v, scores and softmax")
     if settings.granularity == "channel" and (site.slot in ("scores", "softmax") or site.owner == "patch_embed.proj"):

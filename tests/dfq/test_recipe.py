@@ -239,6 +239,17 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
         ({"weights": {"outliers": 20}}, "weights: outliers are kept apart in activations, not in weights"),
         ({"weights": {"gradient": 0.5}}, "weights: gradient is for activations, not for weights"),
         ({"activations": {"gradient": 2}}, "gradient must be a number from 0.0 to 1.0, not 2"),
+        ({"activations": {"dynamic_up_to": 9}}, "dynamic_up_to must be one of 2, 3, .* 8, not 9"),
+        ({"activations": {"dynamic_up_to": True}}, "dynamic_up_to must be one of .* not True"),
+        ({"weights": {"dynamic_up_to": 4}}, "weights: dynamic_up_to is for activations, not for weights"),
+        (
+            {"activations": {"dynamic_up_to": 7, "outliers": 20}},
+            "dynamic_up_to is for the uniform quantizer, with no out",
+        ),
+        (
+            {"activations": {"dynamic_up_to": 7, "range": "percentile"}},
+            "with dynamic_up_to the range is minmax, mse or token_mse, not percentile",
+        ),
         ({"stretch": -1}, "stretch must be a number from 0.0 to 10.0, not -1"),
         ({"stretch": "far"}, "stretch must be a number from 0.0 to 10.0, not 'far'"),
         ({"reconstruction": {"stretch": 11}}, "reconstruction: stretch must be a number from 0.0 to 10.0, not 11"),

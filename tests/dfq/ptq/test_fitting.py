@@ -18,7 +18,14 @@ from dfq.ptq.fitting import fit_quantizer, observe
 from dfq.ptq.sites import PlannedSite, Site
 from dfq.ptq.stages import stages
 from dfq.recipe import SiteSettings, parse_bits, recipe_from_dict
-from quantizers import LogQuantizer, OutlierQuantizer, Quantizer, TwinUniformQuantizer, UniformQuantizer
+from quantizers import (
+    DynamicQuantizer,
+    LogQuantizer,
+    OutlierQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -47,6 +54,22 @@ def test_the_quantizer_with_the_least_error_is_taken() -> None:
     # Of attention that is nearly even, the largest value is an exception: levels near it would be wasted.
     attention = randn(400, 50).softmax(-1)
     assert type(fitted(attention, 4, quantizer="least_error", split="magnitude")) is LogQuantizer
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(3, DynamicQuantizer), (7, DynamicQuantizer), (8, UniformQuantizer)])
+def test_few_bits_have_a_range_for_each_token(bits: int, kind: type[Quantizer]) -> None:
+    values = randn(40, 16) * torch.linspace(0.1, 10, 40)[:, None]
+    for search in ("minmax", "mse"):
+        found = fitted(values, bits, range=search, dynamic_up_to=7)
+        assert type(found) is kind
+        if isinstance(found, DynamicQuantizer):
+            assert found.searched == (search == "mse")
+    # A range per channel that is not moved stays; one per head becomes one per token in each head.
+    channel = SiteSettings(granularity="channel", range="mse", dynamic_up_to=7)
+    assert (
+        type(fit_quantizer(PlannedSite(Site("blocks.0.mlp.fc1", "input"), bits, channel), values)) is UniformQuantizer
+    )
+    assert type(fitted(values.view(4, 2, 5, 16), bits, granularity="head", range="mse", dynamic_up_to=7)) is kind
 
 
 @pytest.mark.parametrize("search", ["mse", "token_mse", "probability_mse"])

@@ -158,6 +158,9 @@ def test_a_pattern_without_a_site_is_refused_with_the_nearest(tiny: Callable[...
         ("head.input", {"granularity": "head"}, "granularity 'head' is only for q, k, v"),
         ("blocks.0.attn.softmax", {"granularity": "channel"}, "granularity 'channel' is not for attention maps"),
         ("patch_embed.proj.input", {"granularity": "channel"}, "not for attention maps and images"),
+        ("patch_embed.proj.input", {"dynamic_up_to": 8}, "dynamic_up_to is only for inputs of linears, q and k"),
+        ("blocks.0.attn.v", {"dynamic_up_to": 8}, "dynamic_up_to is only for inputs of linears, q and k"),
+        ("blocks.0.mlp.fc2.input", {"dynamic_up_to": 7, "quantizer": "log", "split": "sign"}, "for the uniform quant"),
     ],
 )
 def test_settings_that_contradict_each_other_name_the_site(
