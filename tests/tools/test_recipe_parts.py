@@ -26,7 +26,7 @@ assert TUNING is not None
 TUNED = replace(FAST, reconstruction=TUNING)
 PLAIN = SiteSettings(quantizer="uniform", symmetric=False, granularity="tensor", range="mse")
 PARTS = ["grids", "outliers apart", "errors that count differently", "tokens by gradient", "stretching"]
-PARTS += ["rescaled channels", "rotation", "late normalization", "compensation", "reconstruction"]
+PARTS += ["rescaled channels", "ranges per token", "rotation", "late normalization", "compensation", "reconstruction"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,11 @@ def test_the_parts_are_these_in_this_order(tool: Any) -> None:
             {"reparametrize": None},
             {name: {"granularity": "tensor"} for name in ("qkv.input", "fc1.input", "attn.proj.input")},
         ),
+        (
+            "ranges per token",
+            {},
+            {name: {"dynamic_up_to": None} for name in ("qkv.input", "fc1.input", "attn.proj.input")},
+        ),
         ("rotation", {"rotate": None}, {}),
         ("late normalization", {"softmax": "normalized"}, {"softmax": {"range": "mse"}}),
         ("compensation", {"compensation": None}, {}),
@@ -106,7 +111,7 @@ def test_parts_go_in_any_order_and_any_of_them_without_the_others(
 ) -> None:
     for one, other in permutations(PARTS, 2):
         assert tool.without(TUNED, [one, other]) == tool.without(TUNED, [other, one])
-    of_sites = [*PARTS[:4], "rescaled channels", "late normalization"]
+    of_sites = [*PARTS[:4], "rescaled channels", "ranges per token", "late normalization"]
     for count in range(len(of_sites) + 1):
         for some in combinations(of_sites, count):
             settings(tool.without(TUNED, some))  # raises RecipeError where settings contradict each other
