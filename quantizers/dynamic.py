@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from quantizers.base import Quantizer, require_tensor_names
+from quantizers.base import require_tensor_names
 from quantizers.ranges import scale_and_zero_point
+from quantizers.uniform import EvenQuantizer
 
 if TYPE_CHECKING:
     from typing import Self
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _RATIOS = [1 - step / 20 for step in range(13)]
 
 
-class DynamicQuantizer(Quantizer):
+class DynamicQuantizer(EvenQuantizer):
     """Dynamic per-token quantization: as `UniformQuantizer`, with a scale s and a zero point z of each token's own.
 
     `q = clamp(round(x / s) + z, qmin, qmax)`, `x^ = s (q - z)`. A token is what lies along the last axis, the one that
@@ -52,19 +53,11 @@ class DynamicQuantizer(Quantizer):
         self.searched = searched
         self.register_buffer("ratio", None)
 
-    @property
-    def signed(self) -> bool:
-        """True if symmetric."""
-        return self.symmetric
-
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each token of floating `x` `[..., C]`: fp32 and int32, `[..., 1]`."""
-        self._require_fitted()
-        return self._grid(x.detach().float())
-
-    def dequantize(self, q: Tensor) -> NoReturn:
-        """Raises TypeError: what integers stand for is the token's to say."""
-        raise TypeError("without the scale of their token integers stand for nothing: see DynamicQuantizer.grid")
+        values, ratio = x.detach().float(), self._ratio_or_raise()
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        return scale_and_zero_point(low * ratio, high * ratio, self.bits, self.symmetric)
 
     def describe(self) -> dict[str, Any]:
         """See `Quantizer.describe`."""
@@ -110,33 +103,12 @@ class DynamicQuantizer(Quantizer):
         tokens = tensor.reshape(-1, tensor.shape[-1])
         return torch.split(tokens, max(1, elements // tokens.shape[1]))
 
-    def _grid(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = self._ratio_or_raise()
-        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        return scale_and_zero_point(low * ratio, high * ratio, self.bits, self.symmetric)
-
-    def _quantize(self, values: Tensor) -> Tensor:
-        scale, zero_point = self._grid(values)
-        return self._clip((values / scale).round_(), zero_point).add_(zero_point).to(self.dtype)
+    def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero_point = self.grid(x)
+        return scale, zero_point.float()
 
     def _dequantize(self, q: Tensor) -> NoReturn:
-        self.dequantize(q)
-
-    def _fake_quantize(self, values: Tensor) -> Tensor:
-        scale, zero_point = self._grid(values)
-        return self._clip((values / scale).round_(), zero_point).mul_(scale)
-
-    def _inside(self, values: Tensor) -> Tensor:
-        scale, zero_point = self._grid(values)
-        codes = (values / scale).round_()
-        return codes == self._clip(codes.clone(), zero_point)
-
-    def _clip(self, codes: Tensor, zero_point: Tensor) -> Tensor:
-        """Rounded x / s, clipped in place to what the grid holds of it."""
-        lowest, highest = self.qmin - zero_point.float(), self.qmax - zero_point.float()
-        # Not clamp_(lowest, highest), see UniformQuantizer.
-        torch.maximum(codes, lowest, out=codes)
-        return torch.minimum(codes, highest, out=codes)
+        raise TypeError("without the scale of their token integers stand for nothing: see DynamicQuantizer.grid")
 
     def _ratio_or_raise(self) -> Tensor:
         self._require_fitted()

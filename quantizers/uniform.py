@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,46 @@ if TYPE_CHECKING:
 _FACTORS = [0.8**step for step in range(14)]
 
 
-class UniformQuantizer(Quantizer):
+class EvenQuantizer(Quantizer):
+    """What all grids with even steps share: `q = clamp(round(x / s) + z, qmin, qmax)`, wherever s and z come from."""
+
+    symmetric: bool
+
+    @property
+    def signed(self) -> bool:
+        """True if symmetric."""
+        return self.symmetric
+
+    @abstractmethod
+    def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, both fp32, shaped to broadcast against `x`, fp32 or integers."""
+
+    def _quantize(self, values: Tensor) -> Tensor:
+        scale, zero_point = self._broadcast(values)
+        code = self._clipped(values, scale, zero_point)
+        # Added after clipping, where both are small: to round(x / s) of a huge x it would be lost in fp32.
+        return (code if self.symmetric else code.add_(zero_point)).to(self.dtype)
+
+    def _fake_quantize(self, values: Tensor) -> Tensor:
+        scale, zero_point = self._broadcast(values)
+        return self._clipped(values, scale, zero_point).mul_(scale)
+
+    def _inside(self, values: Tensor) -> Tensor:
+        scale, zero_point = self._broadcast(values)
+        code = (values / scale).round_()
+        return (code >= self.qmin - zero_point) & (code <= self.qmax - zero_point)
+
+    def _clipped(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """`q - z` as a new fp32 tensor."""
+        code = (values / scale).round_()
+        if self.symmetric:
+            return code.clamp_(self.qmin, self.qmax)
+        # Not clamp_(low, high): with tensor bounds it is not vectorised on CPU, 10x slower.
+        torch.maximum(code, self.qmin - zero_point, out=code)
+        return torch.minimum(code, self.qmax - zero_point, out=code)
+
+
+class UniformQuantizer(EvenQuantizer):
     """`q = clamp(round(x / s) + z, qmin, qmax)`, `x^ = s (q - z)`; ties round to even.
 
     Symmetric: signed integers `[-2^(b-1), 2^(b-1) - 1]` with z = 0. Otherwise affine: unsigned integers `[0, 2^b - 1]`
@@ -61,11 +101,6 @@ class UniformQuantizer(Quantizer):
         self.search = search
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
-
-    @property
-    def signed(self) -> bool:
-        """True if symmetric."""
-        return self.symmetric
 
     def describe(self) -> dict[str, Any]:
         """See `Quantizer.describe`."""
@@ -148,37 +183,12 @@ class UniformQuantizer(Quantizer):
         # To be kept, a zero point needs no more than the integers it is one of; int32 is for arithmetic.
         return {"scale": scale} if self.symmetric else {"scale": scale, "zero_point": zero_point.to(self.dtype)}
 
-    def _quantize(self, values: Tensor) -> Tensor:
-        scale, zero_point = self._broadcast(values)
-        code = self._clipped(values, scale, zero_point)
-        # Added after clipping, where both are small: to round(x / s) of a huge x it would be lost in fp32.
-        return (code if self.symmetric else code.add_(zero_point)).to(self.dtype)
-
     def _dequantize(self, q: Tensor) -> Tensor:
         scale, zero_point = self._broadcast(q)
         code = q.to(torch.float32)
         return (code if self.symmetric else code.sub_(zero_point)).mul_(scale)
 
-    def _fake_quantize(self, values: Tensor) -> Tensor:
-        scale, zero_point = self._broadcast(values)
-        return self._clipped(values, scale, zero_point).mul_(scale)
-
-    def _inside(self, values: Tensor) -> Tensor:
-        scale, zero_point = self._broadcast(values)
-        code = (values / scale).round_()
-        return (code >= self.qmin - zero_point) & (code <= self.qmax - zero_point)
-
-    def _clipped(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """`q - z` as a new fp32 tensor."""
-        code = (values / scale).round_()
-        if self.symmetric:
-            return code.clamp_(self.qmin, self.qmax)
-        # Not clamp_(low, high): with tensor bounds it is not vectorised on CPU, 10x slower.
-        torch.maximum(code, self.qmin - zero_point, out=code)
-        return torch.minimum(code, self.qmax - zero_point, out=code)
-
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, both fp32, shaped to broadcast against `x`."""
         scale, zero_point = self._parameters_or_raise()
         return self.granularity.broadcast(scale, x), self.granularity.broadcast(zero_point.to(torch.float32), x)
 
