@@ -117,6 +117,14 @@ class SiteSettings:
         """
         if self.outliers is not None and is_weight:
             raise ValueError("outliers are kept apart in activations, not in weights")
+        if self.outliers is not None and self.granularity != "tensor":
+            raise ValueError(
+                f"outliers are kept apart from one range for all, not with granularity {self.granularity!r}"
+            )
+        if self.quantizer != "uniform" and self.granularity != "tensor":
+            raise ValueError(
+                f"granularity {self.granularity!r} belongs to the uniform quantizer, not to {self.quantizer}"
+            )
         if self.gradient and is_weight:
             raise ValueError("gradient is for activations, not for weights")
         if self.dynamic_up_to is not None:
@@ -428,7 +436,11 @@ def _check_value(key: str, value: Any, where: str) -> None:
     if key in _RANGES:
         low, high = _RANGES[key]
         whole = isinstance(low, int)
-        for number in value if key == "damping" and isinstance(value, list) and value else [value]:
+        if key == "damping" and not (isinstance(value, list) and value):
+            raise RecipeError(
+                f"{where}: damping must be a list of candidates, [0.1] for a single one, not {_said(value)}"
+            )
+        for number in value if key == "damping" else [value]:
             right_kind = type(number) is int or (type(number) is float and not whole)
             if not right_kind or not low <= number <= high:
                 raise RecipeError(

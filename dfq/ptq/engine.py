@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calibration import CalibrationSet, load_calibration_set
 from calibration.tokens import PatchGrid
-from dfq.errors import DfqError
+from dfq.errors import DfqError, UsageError
 from dfq.models import Model, Network
 from dfq.progress import progress_bar
 from dfq.ptq.fitting import fit_sites, move_ranges, observe_apart, place_sites
@@ -114,6 +114,8 @@ def quantize(
     Raises DfqError: bits or recipe that make no sense, a calibration set made for another image size or
     normalisation, activations that are not finite, a file to resume from that is something else.
     """
+    if batch_size < 1:
+        raise UsageError(f"the batch size is {batch_size}; it must be 1 or more")
     widths = parse_bits(bits)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     module, planned = prepare(model, widths, chosen)

@@ -49,10 +49,13 @@ def observe(
     inputs: Sequence[Any],
     run: Callable[[Any], Tensor],
     gradients: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+    *,
+    sampled: bool = False,
 ) -> Observed:
     """Run a stage over all batches, recording what `sites`, those of the stage, need.
 
-    gradients: by the path of a layer, what `token_gradients` found, where tokens are to count by them.
+    gradients: by the path of a layer, what `token_gradients` found, where tokens are to count by them. sampled: tokens
+    are recorded of activations whose ranges need extremes alone, too.
 
     Raises DfqError for activations that are not finite, naming the first site they are seen at.
     """
@@ -77,7 +80,7 @@ def observe(
         elif name != POSITION_EMBEDDING:
             slot = network.get_submodule(name)
             recorder: Extremes | Sample = Extremes()
-            if p.settings.needs_values:
+            if sampled or p.settings.needs_values:
                 tokens = _token_weights(p, network, gradients)
                 recorder = Sample(parts, seed=0, largest=_LARGEST_TOKENS, tokens=tokens)
             ranges[name] = listeners[0][slot] = recorder
@@ -121,13 +124,10 @@ def observe_apart(
 def _token_weights(
     planned: PlannedSite, network: nn.Module, gradients: Mapping[str, Sequence[Tensor]]
 ) -> list[Tensor] | None:
-    """How much each token counts where a linear's input gets its range; None: all alike.
-
-    All count alike, too, where tokens lie on a grid, in the mlps of Swin: what is sampled there are not single ones.
-    """
+    """How much each token counts where a linear's input gets its range; None: all alike."""
     site, power = planned.site, planned.settings.gradient
     found = gradients.get(site.owner)
-    if power == 0 or site.slot != "input" or found is None or found[0].dim() > 2:
+    if power == 0 or site.slot != "input" or found is None:
         return None
     return tempered(found, power) if isinstance(network.get_submodule(site.owner), QuantizedLinear) else None
 
@@ -145,7 +145,9 @@ def move_ranges(
     by_channel = [p for p in sites if p.settings.granularity == "channel" and not p.site.is_weight]
     if recipe.reparametrize is None or not by_channel:
         return sites
-    return reparametrize(stage, sites, observe(network, by_channel, None, inputs, run, gradients), recipe.reparametrize)
+    # The search multiplies what was seen by the weights, which takes tokens, also where extremes would do for a range.
+    seen = observe(network, by_channel, None, inputs, run, gradients, sampled=recipe.reparametrize == "searched")
+    return reparametrize(stage, sites, seen, recipe.reparametrize)
 
 
 def reparametrize(
@@ -264,6 +266,8 @@ def fit_sites(network: nn.Module, sites: Iterable[PlannedSite], seen: Observed) 
             values, importance = seen.values[name], seen.importance.get(name)
         if name == PATCH_TOKENS:
             joined = [tokens.flatten(0, -2) for tokens in joined_tokens(network)]
+            if importance is not None:
+                importance = importance.expand(*values.shape[:-1], 1).flatten(0, -2)
             values = torch.cat([values.flatten(0, -2), *joined])
             if importance is not None:
                 importance = torch.cat([importance, *[importance.new_ones(len(tokens), 1) for tokens in joined]])

@@ -57,7 +57,8 @@ def token_gradients(
 
 
 def _keep_output(outputs: dict[str, Tensor], path: str, _layer: nn.Module, _args: Any, output: Tensor) -> None:
-    outputs[path] = output
+    # What a layer makes of a learned token, as of the query that attention pooling has, hangs on no image.
+    outputs[path] = output if output.requires_grad else output.requires_grad_()
 
 
 def tempered(gradients: Sequence[Tensor], power: float) -> list[Tensor]:

@@ -97,7 +97,10 @@ class Reconstructor:
                 found = stage.run(entering)
                 ending = suffix(self._network, stage, found) if settings.feature > 0 else None
             error = (found.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=_TINY)
-            parts = [(error if importance is None else error * importance[batch][chosen]).mean()]
+            if importance is not None:
+                # The tokens of a Swin lie on a grid in between its blocks, and in a row within.
+                error = error * importance[batch][chosen].view_as(error)
+            parts = [error.mean()]
             if ending is not None:
                 wanted = self._features[batch][chosen] if self._features else self._feature(stage, target)
                 parts.append((ending.feature.float() - wanted).square().mean())

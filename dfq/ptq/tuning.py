@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfq.ptq.fitting import joined_tokens
 from dfq.ptq.modules import AttentionSlots, QuantizedLayer
 from dfq.ptq.rounding import AdaptiveRounding
+from dfq.ptq.sites import POSITION_EMBEDDING
 from dfq.recipe import Rounding
 from quantizers import UniformQuantizer
 from quantizers.granularity import PerAxis
@@ -39,11 +41,15 @@ class Tuned:
 def tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor], rounding: Rounding = "ste") -> Iterator[Tuned]:
     """Open a quantized module for tuning; on leaving, its quantizers and integers are those of what was found.
 
+    After an exception they are those from before; what is in floating point stays as far as it was tuned.
+
     exact: the weights of layers before they were rounded, of those where they are known: tuning starts there, as far
     as the integers allow. rounding: of weights, `ste` or `adaround`. Other quantizers than uniform ones stay.
     """
-    # Before the grids take their slots, which have parameters too.
-    others = list(module.parameters())
+    # Before the grids take their slots, which have parameters too. Learned tokens and the position embedding stay: they
+    # lie on grids of their own.
+    fixed = {id(tensor) for tensor in (getattr(module, POSITION_EMBEDDING, None), *joined_tokens(module))}
+    others = [parameter for parameter in module.parameters() if id(parameter) not in fixed]
     layers: list[tuple[QuantizedLayer, _StraightThrough | AdaptiveRounding]] = []
     grids: list[_LearnedGrid] = []
     replaced: list[tuple[nn.Module, str, UniformQuantizer]] = []
@@ -69,17 +75,24 @@ def tunable(module: nn.Module, exact: Mapping[QuantizedLayer, Tensor], rounding:
                     setattr(part, slot, grid)
     for parameter in others:
         parameter.requires_grad_(True)
-    yield Tuned(layers, [grid.log_scale for grid in grids], others)
-    with torch.no_grad():
-        for grid in grids:
-            grid.hand_over()
+    before = [layer.weight for layer, _ in layers]
+    try:
+        yield Tuned(layers, [grid.log_scale for grid in grids], others)
+        with torch.no_grad():
+            for grid in grids:
+                grid.hand_over()
+            for layer, weight in layers:
+                assert layer.weight_quantizer is not None
+                layer.set_integers(layer.weight_quantizer, layer.weight_quantizer.quantize(weight.hard()))
+    except BaseException:
+        for (layer, _), as_found in zip(layers, before, strict=True):
+            layer.weight = as_found
+        raise
+    finally:
         for part, slot, quantizer in replaced:
             setattr(part, slot, quantizer)
-        for layer, weight in layers:
-            assert layer.weight_quantizer is not None
-            layer.set_integers(layer.weight_quantizer, layer.weight_quantizer.quantize(weight.hard()))
-    for parameter in others:
-        parameter.requires_grad_(False)
+        for parameter in others:
+            parameter.requires_grad_(False)
 
 
 class _StraightThrough:

@@ -226,7 +226,11 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
         ({"range_search": {"round": 1}}, r"unknown key 'round' \(did you mean 'rounds'\?\)"),
         ({"range_search": {"images": True}}, "images must be a whole number from 1 to 1024, not True"),
         ({"compensation": {"evenness": 1.5}}, r"compensation: evenness must be a number from 0\.0 to 1\.0, not 1\.5"),
-        ({"compensation": {"damping": []}}, r"damping must be a number from .* not \[\]"),
+        ({"compensation": {"damping": []}}, r"damping must be a list of candidates, .* not \[\]"),
+        (
+            {"compensation": {"damping": 0.1}},
+            r"damping must be a list of candidates, \[0\.1\] for a single one, not 0\.1",
+        ),
         ({"compensation": {"damping": [0.1, "a"]}}, r"damping must be a number from .* not \[0\.1, 'a'\]"),
         (
             {"reconstruction": {"rounding": "nearest"}},

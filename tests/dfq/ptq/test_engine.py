@@ -148,6 +148,11 @@ def test_bits_and_recipe_are_checked_before_images_are_made(
         dfq.quantize(reference, bits, recipe=recipe, progress=False)
 
 
+def test_a_batch_has_one_image_or_more(reference: Model, noise: CalibrationSet) -> None:
+    with pytest.raises(UsageError, match="the batch size is 0; it must be 1 or more"):
+        dfq.quantize(reference, "w8a8", calibration=noise, batch_size=0, progress=False)
+
+
 def test_sets_of_other_models_are_refused(
     reference: Model, noise: CalibrationSet, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
 ) -> None:

@@ -13,8 +13,10 @@ import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError
 from dfq.models import Model
+from dfq.ptq import fitting
 from dfq.ptq.engine import prepare
-from dfq.ptq.fitting import fit_quantizer, observe
+from dfq.ptq.fitting import fit_quantizer, move_ranges, observe
+from dfq.ptq.gradients import tempered, token_gradients
 from dfq.ptq.sites import PlannedSite, Site
 from dfq.ptq.stages import stages
 from dfq.recipe import SiteSettings, parse_bits, recipe_from_dict
@@ -287,10 +289,32 @@ def test_tokens_of_a_linears_input_count_by_its_gradient(
         assert bool((found[f"blocks.0.attn.{slot}"] == 1).all())
     alike = observe(module, sites, None, [tokens], block.run).importance
     assert all(bool((counts == 1).all()) for counts in alike.values())
-    # In Swin's mlps tokens lie on a grid.
+    # Blocks of a Swin pass their tokens on a grid, which their mlps flatten.
     module, planned = prepare(tiny_swin(), parse_bits("w8a4"), recipe)
     block = stages(module)[1]
-    sites = [p for p in planned if block.owns(p.site.name) and p.site.name.endswith("mlp.fc1.input")]
-    batch = module.patch_embed(randn(2, 3, 32, 32))
-    found = observe(module, sites, None, [batch], block.run, {sites[0].site.owner: [batch.square().sum(-1)]}).importance
-    assert bool((found[sites[0].site.name] == 1).all())
+    (site,) = [p for p in planned if block.owns(p.site.name) and p.site.name.endswith("blocks.0.mlp.fc1.input")]
+    batch = randn(2, 3, 32, 32)
+    gradients = token_gradients(module, [site.site.owner], [(batch, None)])
+    found = observe(module, [site], None, [module.patch_embed(batch)], block.run, gradients).importance
+    torch.testing.assert_close(found[site.site.name].flatten(), tempered(gradients[site.site.owner], 0.5)[0].flatten())
+
+
+def test_the_search_for_ratios_looks_at_tokens_also_where_ranges_are_of_extremes(
+    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"reparametrize": "searched", "activations": {"range": "minmax", "granularity": "channel"}}
+    off = {"*.attn.[qkv]": {"granularity": "head"}, "*.softmax": {"granularity": "tensor"}}
+    off["patch_embed.proj.input"] = {"granularity": "tensor"}
+    recipe = recipe_from_dict(content | {"sites": off}, name="r", where="r")
+    module, planned = prepare(tiny(), parse_bits("w8a4"), recipe)
+    block = stages(module)[1]
+    sites = [p for p in planned if block.owns(p.site.name)]
+    looked_at: list[tuple[int, ...]] = []
+    product_error = fitting._product_error
+    monkeypatch.setattr(
+        fitting, "_product_error", lambda rows, *rest: looked_at.append(tuple(rows.shape)) or product_error(rows, *rest)
+    )
+    move_ranges(module, block, sites, recipe, [randn(3, 17, 24)], block.run)
+    # 3 images of 17 tokens.
+    assert looked_at
+    assert {rows for rows, _ in looked_at} == {51}

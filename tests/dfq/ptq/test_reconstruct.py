@@ -113,6 +113,20 @@ def test_swin_is_reconstructed_too(tiny_swin: Callable[..., Model], images_for: 
     assert not any(name.startswith(("patch_embed", "head", "norm")) for name in moved)
 
 
+def test_tokens_of_a_swin_count_by_their_gradient(
+    tiny_swin: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    images = images_for(4, torch.ones(4, 8, 8, dtype=torch.bool))
+    kept = []
+    for gradient in (0.0, 0.5):
+        recipe = replace(BASE, reconstruction=replace(SETTINGS, iterations=3, gradient=gradient))
+        tuned = dfq.quantize(tiny_swin(), "w3a8", calibration=images, recipe=recipe, progress=False)
+        kept.append(tuned.tensors())
+    moved = {name for name in kept[0] if not torch.equal(kept[0][name], kept[1][name])}
+    assert any(name.startswith("layers.0.blocks.1") for name in moved)
+    assert not any(name.startswith(("patch_embed", "head", "norm")) for name in moved)
+
+
 @pytest.fixture
 def correlated() -> tuple[torch.Tensor, torch.Tensor, UniformQuantizer]:
     """Inputs [64, 16, 24] of which a few directions hold the most, weights [32, 24], and their grid of 3 bits."""

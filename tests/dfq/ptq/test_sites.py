@@ -150,6 +150,13 @@ def test_a_pattern_without_a_site_is_refused_with_the_nearest(tiny: Callable[...
         ("blocks.0.attn.softmax", {"quantizer": "twin_uniform"}, "needs split"),
         ("blocks.0.attn.softmax", {"split": "sign"}, "split belongs to the quantizers twin_uniform, log and"),
         ("blocks.0.attn.softmax", {"base": "2"}, "base belongs to the log quantizer"),
+        ("blocks.0.attn.q", {"outliers": 20, "granularity": "head"}, "one range for all, not with granularity 'head'"),
+        ("head.input", {"outliers": 20, "granularity": "channel"}, "one range for all, not with granularity 'channel'"),
+        (
+            "blocks.0.attn.softmax",
+            {"quantizer": "log", "split": "magnitude", "granularity": "head"},
+            "uniform quantizer",
+        ),
         ("blocks.0.mlp.fc1.weight", {"outliers": 20}, "outliers are kept apart in activations, not in weights"),
         ("blocks.0.mlp.fc1.weight", {"range": "token_mse"}, "range 'token_mse' is not for weights"),
         ("blocks.0.mlp.fc1.input", {"range": "output_mse"}, "range 'output_mse' is not for activations"),

@@ -201,6 +201,19 @@ def plan(model: Model, recipe: str) -> dict[str, PlannedSite]:
     return {p.site.name: p for p in plan_sites(adapt(model.module), load_recipe(recipe), Bits(4, 6))}
 
 
+def test_all_between_the_products_by_squared_error(
+    tiny_swin: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    content = {"scope": "full", "weights": {"quantize": False}, "activations": {"range": "mse"}}
+    recipe = recipe_from_dict(content, name="r", where="r")
+    images = images_for(2, torch.ones(2, 8, 8, dtype=torch.bool))
+    model = tiny_swin()
+    quantized = dfq.quantize(model, "w8a8", calibration=images, recipe=recipe, progress=False)
+    assert "patch_embed.norm.output" in quantized.sites
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    assert (quantized(x) - model(x)).norm() < 0.2 * model(x).norm()
+
+
 def test_the_recipe_fast_means_the_blocks_of_swin_too(tiny_swin: Callable[..., Model]) -> None:
     planned = plan(tiny_swin(), "fast")
     assert {name for name, p in planned.items() if p.bits == 8} == ENDS

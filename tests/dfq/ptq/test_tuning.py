@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from dfq.ptq.tuning import LearnedRounding
+import dfq
+from calibration.calibration_set import CalibrationSet
+from dfq.models import Model
+from dfq.ptq.tuning import LearnedRounding, tunable
 
 
 def test_the_gradients_of_rounding_by_hand() -> None:
@@ -30,3 +35,38 @@ def test_a_scale_per_channel_has_its_own_gradient() -> None:
     rounded.sum().backward()
     # Second channel: 5.2 / 2 = 2.6 rounds up by 0.4; 90 is clipped to 3 steps.
     torch.testing.assert_close(scale.grad, torch.tensor([[-0.6, 3.4]]))
+
+
+def test_after_an_exception_the_module_is_as_it_was(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    quantized = dfq.quantize(tiny(), "w4a4", calibration=images_for(), recipe="repq", progress=False)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before, logits = dict(quantized.module.named_modules()), quantized(images)
+
+    def stopped() -> None:
+        with tunable(quantized.module, {}) as tuned:
+            with torch.no_grad():
+                for parameter in (*(weight.parameter for _, weight in tuned.layers), *tuned.scales):
+                    parameter += 1
+            tuned.apply()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert dict(quantized.module.named_modules()) == before
+    assert not any(parameter.requires_grad for parameter in quantized.module.parameters())
+    assert torch.equal(quantized(images), logits)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "deploy"])
+def test_what_lies_on_a_grid_that_stays_is_not_tuned(
+    recipe: str, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """The position embedding and the class token, of which `save` keeps integers, or halves of the bits."""
+    quantized = dfq.quantize(tiny(), "w4a8", calibration=images_for(), recipe=recipe, progress=False)
+    names = {id(parameter): name for name, parameter in quantized.module.named_parameters()}
+    with tunable(quantized.module, {}) as tuned:
+        open_now = {names[id(parameter)] for parameter in tuned.others}
+    assert "blocks.0.norm1.weight" in open_now
+    assert not open_now & {"pos_embed", "cls_token"}
