@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -109,15 +109,20 @@ class CalibrationSet:
         return Batches(self, batch_size, device)
 
 
+def of_one_size(mask: Tensor) -> Iterator[Tensor]:
+    """mask: bool [M, rows, columns] -> indices of the images that keep equally many patches, for each number."""
+    counts = mask.flatten(1).sum(1)
+    for count in sorted(set(counts.tolist())):
+        yield (counts == count).nonzero()[:, 0]
+
+
 class Batches(Sequence[tuple[Tensor, Tensor | None]]):
     """The batches of a set, each made when it is asked for: normalised, they take four times the memory of the set."""
 
     def __init__(self, images: CalibrationSet, batch_size: int, device: torch.device) -> None:
         self._set = images
         self._device = device
-        counts = images.mask.flatten(1).sum(1)
-        members = [(counts == count).nonzero()[:, 0] for count in sorted(set(counts.tolist()))]
-        self._chunks = [chunk for alike in members for chunk in alike.split(batch_size)]
+        self._chunks = [chunk for alike in of_one_size(images.mask) for chunk in torch.split(alike, batch_size)]
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -193,7 +198,11 @@ class SetFolder:
         self._run = json.loads(json.dumps(run))
         self._versions = versions
         self._lock: FolderLock | None = None
-        self._checksums = team.lead(lambda: self._claim(overwrite))
+        try:
+            self._checksums = team.lead(lambda: self._claim(overwrite))
+        except BaseException:
+            self.release()
+            raise
         self.complete = bool(self._checksums)
 
     def _claim(self, overwrite: bool) -> dict[str, str]:
@@ -210,10 +219,7 @@ class SetFolder:
                 raise DfqError(
                     f"{self.path} holds a calibration set of another run; choose another --out or give --overwrite"
                 )
-            for shard in self.path.glob("shard-[0-9]*.safetensors"):
-                remove_file(shard)
-            for picture in ("preview.png", "trace.png"):
-                remove_file(self.path / picture)
+            remove_set(self.path)
         elif any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no calibration set; choose another --out")
         self._write_manifest([])
@@ -272,6 +278,16 @@ class SetFolder:
         """Let others write to the folder."""
         if self._lock is not None:
             self._lock.release()
+
+
+def remove_set(folder: Path) -> None:
+    """Delete what a set consists of, finished or not, the manifest last; whatever else lies there stays.
+
+    Raises DfqError where something cannot be deleted.
+    """
+    for path in [*sorted(folder.glob("shard-[0-9]*.safetensors")), folder / "preview.png", folder / "trace.png"]:
+        remove_file(path)
+    remove_file(folder / MANIFEST)
 
 
 def load_calibration_set(path: Path | str) -> CalibrationSet:

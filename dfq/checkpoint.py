@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import quantizers
-from calibration.files import make_directory, read_json, replace_file, sha256_of, write_json
+from calibration.files import make_directory, read_json, remove_file, replace_file, sha256_of, write_json
 from dfq.architectures import build_architecture, without_weights
 from dfq.errors import CheckpointError, DfqError
 from dfq.models import Origin, resolve_device
@@ -146,7 +146,7 @@ def save(qmodel: QuantizedModel, directory: Path | str) -> None:
     """
     folder = Path(directory)
     make_directory(folder)
-    (folder / CONFIG).unlink(missing_ok=True)
+    remove_file(folder / CONFIG)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in qmodel.tensors().items()}
     # One entry only: safetensors writes several in any order, and the same model would not give the same file.
     content = to_bytes(tensors, {"format": FORMAT})

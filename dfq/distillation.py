@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch.utils.data import Dataset
 
-from calibration import CalibrationSet, Plan, check_method, load_calibration_set
+from calibration import METHODS, CalibrationSet, Plan, check_method, load_calibration_set
+from calibration.calibration_set import remove_set
 from calibration.files import (
-    FolderLock,
     read_json,
     read_text,
     remove_file,
@@ -28,6 +28,7 @@ from calibration.files import (
     take_folder,
     write_json,
 )
+from calibration.making import batch_generator
 from calibration.passes import resolve_precision
 from calibration.team import team
 from dfq.checkpoint import load, save
@@ -141,7 +142,7 @@ def distill(
     often the two agree.
 
     out: a folder for `student.safetensors`, which timm loads (of a quantized student the folder `student`, of
-    `dfq.save`), the pool (of several methods a folder for each in `pool`), `log.jsonl` and `curve.svg`. A run that was
+    `dfq.save`), the images (in `pool`, a folder for each method), `log.jsonl` and `curve.svg`. A run that was
     stopped goes on there after the last whole round, to the same student on the same hardware; a finished one is read.
     overwrite: replace another run there.
 
@@ -184,26 +185,28 @@ def distill(
     # Everything that can be wrong is found before the folder is touched.
     check_part(student, how)
     measured = None if data is None else _labelled(data, teacher, student)
-    folder = None if out is None else _Folder(Path(out), run, overwrite=overwrite)
-    if folder is not None and (found := folder.finished(student)) is not None:
-        log.info("%s already holds this student; nothing to do", folder.path)
-        folder.release()
-        return found
-    if plans:
-        pools = _pools(None if folder is None else folder.path / POOL, plans)
-        making = zip(plans, pools, strict=True)
-        parts = _round_by_round(
-            [batches(teacher, each, out=pool, overwrite=overwrite, progress=progress) for each, pool in making]
-        )
-    else:
+    with ExitStack() as held:
+        folder = None if out is None else _Folder(Path(out), run, held, overwrite=overwrite)
+        if folder is not None and (found := folder.finished(student)) is not None:
+            log.info("%s already holds this student; nothing to do", folder.path)
+            return found
         parts = iter([given])
-    teach = _Teaching(teacher, student, how, rounds, seed, measured)
-    done, teacher_top1 = teach.run(parts, None if folder is None else folder.state)
-    result = Distillation(student, teacher.name, tuple(done), teacher_top1)
-    if folder is not None:
-        team().lead(lambda: folder.finish(result))
-        folder.release()
-    return result
+        if plans:
+            pools = [None if folder is None else folder.path / POOL / each.name for each in plans]
+            parts = _round_by_round(
+                [
+                    batches(teacher, each, held, out=pool, overwrite=overwrite, progress=progress)
+                    for each, pool in zip(plans, pools, strict=True)
+                ]
+            )
+        if folder is not None:
+            team().lead(lambda: folder.begin({each.name for each in plans}))
+        teach = _Teaching(teacher, student, how, rounds, seed, measured)
+        done, teacher_top1 = teach.run(parts, None if folder is None else folder.state)
+        result = Distillation(student, teacher.name, tuple(done), teacher_top1)
+        if folder is not None:
+            team().lead(lambda: folder.finish(result))
+        return result
 
 
 def _plans(method: str | Sequence[str], num_images: int, seed: int, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
@@ -216,13 +219,6 @@ def _plans(method: str | Sequence[str], num_images: int, seed: int, plan: Plan |
     if not names or len(set(names)) < len(names):
         raise UsageError(f"give one method or more, each once, not {', '.join(names) or 'none'}")
     return found
-
-
-def _pools(path: Path | None, plans: Sequence[Plan]) -> list[Path | None]:
-    """Where the images of each plan are kept."""
-    if path is None or len(plans) == 1:
-        return [path] * len(plans)
-    return [path / plan.name for plan in plans]
 
 
 def _round_by_round(sources: Sequence[Iterator[CalibrationSet]]) -> Iterator[list[CalibrationSet]]:
@@ -267,18 +263,21 @@ def _labelled(
 
 
 class _Folder:
-    """What a transfer leaves behind, and whose it is."""
+    """What a transfer leaves behind, and whose it is.
 
-    def __init__(self, path: Path, run: dict[str, Any], *, overwrite: bool) -> None:
+    held: no other run writes to the folder until it closes. Another run that lies there is deleted by `begin`.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], held: ExitStack, *, overwrite: bool) -> None:
         self.path = path
         # As it will be read back: JSON knows lists, not tuples.
         self._run = json.loads(json.dumps(run))
         self.state = StateFile(path / STATE, self._run)
-        self._lock: FolderLock | None = None
-        self._manifest = team().lead(lambda: self._claim(overwrite))
+        self._replaces = False
+        self._manifest = team().lead(lambda: self._claim(held, overwrite))
 
-    def _claim(self, overwrite: bool) -> dict[str, Any]:
-        self._lock = take_folder(self.path)
+    def _claim(self, held: ExitStack, overwrite: bool) -> dict[str, Any]:
+        held.callback(take_folder(self.path).release)
         path = self.path / MANIFEST
         if path.exists():
             manifest = read_json(path)
@@ -294,13 +293,32 @@ class _Folder:
                     f"{self.path} holds a transfer of another run (it differs in {', '.join(differing) or 'version'}); "
                     "choose another --out or give --overwrite"
                 )
-            for name in (STATE, WEIGHTS, LOG, CURVE):
-                remove_file(self.path / name)
-        elif any(self.path.iterdir()):
+            self._replaces = True
+            return self._unfinished()
+        if any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no transfer; choose another --out")
-        manifest = {"format": FORMAT, "version": VERSION, "complete": False, "run": self._run, "versions": versions()}
-        write_json(path, manifest)
-        return manifest
+        write_json(path, self._unfinished())
+        return self._unfinished()
+
+    def _unfinished(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "complete": False, "run": self._run, "versions": versions()}
+
+    def begin(self, methods: Collection[str]) -> None:
+        """Delete another run that is to be replaced; what can be refused has been. methods: whose pools are this run's.
+
+        Raises DfqError where something cannot be deleted.
+        """
+        if not self._replaces:
+            return
+        for name in (STATE, WEIGHTS, LOG, CURVE):
+            remove_file(self.path / name)
+        pools = self.path / POOL
+        for pool in (pools, *(pools / name for name in METHODS)):
+            if pool.name not in methods and pool.is_dir():
+                remove_set(pool)
+                with suppress(OSError):
+                    pool.rmdir()
+        write_json(self.path / MANIFEST, self._manifest)
 
     def finished(self, student: Model | QuantizedModel) -> Distillation | None:
         """What lies there, the weights given to `student`; None where it is not finished."""
@@ -316,18 +334,13 @@ class _Folder:
         if not isinstance(teacher, str) or not isinstance(top1, int | float | None):
             raise DfqError(f"{self.path / MANIFEST} is damaged (of the teacher): give --overwrite to make it again")
         if isinstance(student, QuantizedModel):
-            student = load(self.path / QUANTIZED, device=student.device)
+            vars(student).update(vars(load(self.path / QUANTIZED, device=student.device)))
         else:
             weights = self.path / WEIGHTS
             if not weights.is_file() or sha256_of(weights) != self._manifest.get("sha256"):
                 raise DfqError(f"{weights} is missing or damaged: give --overwrite to make it again")
             load_into(student.module, read_weights(weights), student.name, weights)
         return Distillation(student, teacher, rounds, top1)
-
-    def release(self) -> None:
-        """Let others write to the folder."""
-        if self._lock is not None:
-            self._lock.release()
 
     def finish(self, result: Distillation) -> None:
         """Write the student, the log and the curve; the manifest comes last."""
@@ -424,7 +437,7 @@ class _Teaching:
         if training.optimizer == "ridge":
             return solve(trainee, pool, training)
         # Of the round's own, so that a run that was stopped draws what it would have drawn.
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        generator = batch_generator(self._seed, number)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         candidates = pool.trained_on
         total = 0.0

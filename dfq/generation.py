@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -139,8 +140,9 @@ def run_plan(
 ) -> CalibrationSet:
     """`generate`, with everything about the images in a plan."""
     started = time.monotonic()
-    parts = batches(model, plan, trace=trace, out=out, overwrite=overwrite, progress=progress, at_once=True)
-    made = concatenate(list(parts))
+    with ExitStack() as held:
+        parts = batches(model, plan, held, trace=trace, out=out, overwrite=overwrite, progress=progress, at_once=True)
+        made = concatenate(list(parts))
     log.info("%s: %d images in %.1f s", plan.name, len(made), time.monotonic() - started)
     return made
 
@@ -148,6 +150,7 @@ def run_plan(
 def batches(
     model: Model,
     plan: Plan,
+    held: ExitStack,
     *,
     trace: bool = False,
     out: Path | str | None = None,
@@ -157,8 +160,9 @@ def batches(
 ) -> Iterator[CalibrationSet]:
     """The batches of `run_plan`, each when it is asked for; the set in `out` is whole with the last one.
 
-    at_once: all are asked for before the first is needed, so that processes that share the work need not wait for each
-    other in between. What is wrong with the model, the plan or `out` is told before the first batch is made.
+    held: no other run writes to `out` until it closes. at_once: all are asked for before the first is needed, so that
+    processes that share the work need not wait for each other in between. What is wrong with the model, the plan or
+    `out` is told before the first batch is made.
     """
     shared = team()
     check_invertible(model.name, model.module)
@@ -167,6 +171,8 @@ def batches(
     calibration.check_method(model.module, plan)
     method = plan.composed
     folder = None if out is None else SetFolder(Path(out), run, versions(), overwrite=overwrite, team=shared)
+    if folder is not None:
+        held.callback(folder.release)
     if folder is not None and folder.complete:
         log.info("%s already holds this set; nothing to do", folder.path)
     if isinstance(method.schedule, ProgressiveStop):
@@ -208,8 +214,6 @@ def batches(
                 at_once=at_once,
             )
             bar.update(total - bar.n)
-        if folder is not None:
-            folder.release()
 
     return making()
 

@@ -22,6 +22,7 @@ from calibration.initial import initial_images
 from dfq.errors import DfqError
 from dfq.onnx_layers import pair_sites
 from dfq.ptq.engine import QuantizedModel
+from dfq.statistics import sqnr_db
 from quantizers import OutlierQuantizer, Quantizer
 
 # How much farther than single precision is from double a graph may be, and by how much in any case: the mean distance
@@ -174,5 +175,5 @@ def _relative(logits: Tensor, exact: Tensor) -> Tensor:
 
 
 def _sqnr_db(logits: Tensor, exact: Tensor) -> float:
-    """Of all images; infinite where they are equal."""
-    return float(10 * torch.log10(exact.square().sum() / (logits - exact).square().sum()))
+    """Of all images."""
+    return sqnr_db(float(exact.square().sum()), float((logits - exact).square().sum()))

@@ -61,8 +61,7 @@ def main() -> None:
                 # They have nothing in common that photographs do not have.
                 training = replace(training, level="pool")
             elif fit != DEFAULT_FIT:
-                pools = [out / "pool"] if len(methods) == 1 else [out / "pool" / name for name in methods]
-                calibration = [dfq.load_calibration_set(pool) for pool in pools]
+                calibration = [dfq.load_calibration_set(out / "pool" / name) for name in methods]
             student = dfq.load_student(
                 student_name, teacher, checkpoint=student_weights or None, fresh_classifier=True, seed=seed
             )

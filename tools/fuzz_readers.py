@@ -27,7 +27,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -588,9 +588,9 @@ def state_files() -> Files:
 @cache
 def transfer_files() -> Files:
     def write(path: Path) -> None:
-        folder = distillation._Folder(path, {"seed": 0}, overwrite=False)
-        folder.finish(distillation.Distillation(copy.deepcopy(teacher()), "teacher", tuple(rounds()), 99.0))
-        folder.release()
+        with ExitStack() as held:
+            folder = distillation._Folder(path, {"seed": 0}, held, overwrite=False)
+            folder.finish(distillation.Distillation(copy.deepcopy(teacher()), "teacher", tuple(rounds()), 99.0))
         write_log(rounds(), path / LOG)
 
     return files_of(write)
@@ -603,14 +603,11 @@ def seal_transfer(files: Files) -> None:
 
 
 def read_transfer(path: Path) -> None:
-    folder = distillation._Folder(path, {"seed": 0}, overwrite=False)
-    try:
-        found = folder.finished(copy.deepcopy(teacher()))
+    with ExitStack() as held:
+        found = distillation._Folder(path, {"seed": 0}, held, overwrite=False).finished(copy.deepcopy(teacher()))
         if found is not None:
             found.describe()
             found.to_dict()
-    finally:
-        folder.release()
 
 
 @cache

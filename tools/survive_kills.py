@@ -127,7 +127,7 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def has_all_images(folder: Path) -> bool:
-    manifests = [*folder.glob("calibration/manifest.json"), *folder.glob("pool/manifest.json")]
+    manifests = [*folder.glob("calibration/manifest.json"), *folder.glob("pool/*/manifest.json")]
     return any(json.loads(path.read_text())["complete"] for path in manifests)
 
 

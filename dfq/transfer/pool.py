@@ -14,7 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resize, resized_crop
 
 from calibration import CalibrationSet
-from calibration.calibration_set import normalise
+from calibration.calibration_set import normalise, of_one_size
 from calibration.passes import low_precision
 from calibration.team import team
 from calibration.tokens import PatchGrid, keep_of_mask, token_gather
@@ -58,13 +58,6 @@ class View:
                 if isinstance(module, VisionTransformer) and PatchGrid.of(module) == grid:
                     stack.enter_context(token_gather(module)).keep = keep_of_mask(mask)
             return network(pixels).float()
-
-
-def of_one_size(mask: Tensor) -> Iterator[Tensor]:
-    """mask: bool [M, rows, columns] -> indices of the images that keep equally many patches, for each number."""
-    counts = mask.flatten(1).sum(1)
-    for count in sorted(set(counts.tolist())):
-        yield (counts == count).nonzero()[:, 0]
 
 
 class Pool:

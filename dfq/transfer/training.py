@@ -374,12 +374,17 @@ def step(trainee: Trainee, optimizer: torch.optim.Optimizer, pool: Pool, chosen:
     trainee.apply()
     optimizer.zero_grad()
     shared = team() if trainee.shares_steps else ALONE
+    # Pictures of one size after the other, and one step back: what all share, weights straight through their rounding,
+    # is gone back through once.
+    losses = [
+        divergence(logits, pool.logits[some].to(logits.device), temperature).sum()
+        for some, logits in trainee.logits(pool, chosen[shared.rank :: shared.size])
+    ]
     total = 0.0
-    for some, logits in trainee.logits(pool, chosen[shared.rank :: shared.size]):
-        wanted = pool.logits[some].to(logits.device)
-        loss = divergence(logits, wanted, temperature).sum() / len(chosen)
+    if losses:
+        loss = torch.stack(losses).sum() / len(chosen)
         loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+        total = float(loss.detach())
     if shared.size > 1:
         parameters = [parameter for parameters, _ in trainee.groups for parameter in parameters]
         for parameter in parameters:

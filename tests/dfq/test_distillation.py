@@ -134,7 +134,7 @@ def test_without_labelled_images_no_accuracy_is_claimed(reference: Model, studen
 def test_sparse_images(reference: Model, student: Model, method: str, tmp_path: Path) -> None:
     plan = dfq.generation.Plan(method, 8, 6, 8, 0, "fp32")
     result = run(reference, student, plan=plan, rounds=2, out=tmp_path)
-    pool = dfq.load_calibration_set(tmp_path / "pool")
+    pool = dfq.load_calibration_set(tmp_path / "pool" / method)
     assert pool.is_sparse
     assert result.rounds[-1].images == len(pool) == 16
 
@@ -152,7 +152,7 @@ def test_what_is_left_behind(tiny: Callable[..., Model], tmp_path: Path) -> None
     )
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(images), student(images))
-    assert len(dfq.load_calibration_set(out / "pool")) == 30
+    assert len(dfq.load_calibration_set(out / "pool" / "gaussian")) == 30
     assert rows(out) == result.to_dict()["rounds"]
     assert [row["round"] for row in rows(out)] == [1, 2, 3]
     manifest = json.loads((out / "distillation.json").read_text())
@@ -222,6 +222,53 @@ def test_another_run_is_not_mixed_in(reference: Model, tmp_path: Path) -> None:
     assert (tmp_path / "student.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize(("first", "second"), [(["gaussian", "leaves"], ["gaussian"]), (["gaussian"], ["leaves"])])
+def test_pools_of_a_run_that_is_replaced_go_with_it(
+    reference: Model, first: list[str], second: list[str], tmp_path: Path
+) -> None:
+    def fresh() -> Model:
+        return load_student("reference", reference, fresh_classifier=True)
+
+    run(reference, fresh(), first, num_images=4, out=tmp_path)
+    run(reference, fresh(), second, num_images=4, out=tmp_path, overwrite=True)
+    assert [path.name for path in (tmp_path / "pool").iterdir()] == second
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run(reference, fresh(), second, num_images=4, out=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_what_is_not_ours_in_a_pool_is_told_before_anything_is_deleted(reference: Model, tmp_path: Path) -> None:
+    run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+    (tmp_path / "pool" / "leaves").mkdir()
+    (tmp_path / "pool" / "leaves" / "thesis.txt").write_text("mine")
+    student = (tmp_path / "student.safetensors").read_bytes()
+    for _ in range(2):
+        with pytest.raises(DfqError, match="is not empty and holds no calibration set"):
+            run(
+                reference,
+                load_student("reference", reference, fresh_classifier=True),
+                "leaves",
+                out=tmp_path,
+                overwrite=True,
+            )
+    assert (tmp_path / "student.safetensors").read_bytes() == student
+    # What was there is still found.
+    run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+    assert (tmp_path / "pool" / "leaves" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_is_let_go_of_while_the_exception_is_held(
+    reference: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook holds it, with all that hangs on its traceback."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(StoppedError) as held:
+            run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+    run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+    assert held.traceback
+
+
 def test_a_folder_of_something_else(reference: Model, student: Model, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DfqError, match="is not empty and holds no transfer"):
@@ -265,11 +312,16 @@ def test_a_quantized_student_is_tuned_from_end_to_end(reference: Model, noise: C
     before = {name: q.tensors()["scale"].clone() for name, q in quantized.sites.items() if "scale" in q.tensors()}
     training = Training("full", steps=15, batch_size=8, optimizer="adamw", temperature=4.0)
     result = run(reference, quantized, calibration=noise, training=training, out=tmp_path)
-    assert result.rounds[-1].divergence < 0.7 * result.rounds[0].divergence
+    assert result.rounds[-1].divergence < 0.85 * result.rounds[0].divergence
     assert any(not torch.equal(before[name], quantized.sites[name].tensors()["scale"]) for name in before)
     images = torch.randn(2, 3, 32, 32)
     loaded = dfq.load(tmp_path / "student")
     assert torch.equal(loaded(images), quantized(images))
+    # A finished run is read into the student that is given, as for those in full precision.
+    again = dfq.quantize(reference, "w3a4", calibration=noise, recipe="repq", progress=False)
+    found = run(reference, again, calibration=noise, training=training, out=tmp_path)
+    assert found.student is again
+    assert torch.equal(again(images), quantized(images))
 
 
 def test_each_network_is_measured_on_images_prepared_for_it(tiny: Callable[..., Model], tmp_path: Path) -> None:
@@ -287,6 +339,11 @@ def test_each_network_is_measured_on_images_prepared_for_it(tiny: Callable[..., 
     prepared = [(image, label) for image, label in image_folder(tmp_path / "images", teacher)]
     with pytest.raises(UsageError, match="want their images prepared differently: give a folder"):
         run(teacher, student, data=prepared)
+
+
+def test_seeds_of_any_size(reference: Model, student: Model, noise: CalibrationSet) -> None:
+    result = run(reference, student, calibration=noise, seed=2**63 - 1, training=Training(optimizer="sgd", steps=1))
+    assert len(result.rounds) == 3
 
 
 def test_bad_input(reference: Model, student: Model, tiny: Callable[..., Model], noise: CalibrationSet) -> None:

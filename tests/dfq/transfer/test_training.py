@@ -130,6 +130,25 @@ def test_images_that_keep_different_numbers_of_patches_share_a_step(
     assert found == pytest.approx(sum(alone) / 5, rel=1e-4)
 
 
+def test_a_quantized_student_on_images_that_keep_different_numbers_of_patches(
+    tiny: Callable[..., Model], images_for: Images
+) -> None:
+    """Their gradients go back through the same rounded weights."""
+    teacher = tiny(seed=1)
+    mask = torch.ones(5, 4, 4, dtype=torch.bool)
+    mask[3:, :2] = False
+    images = images_for(5, mask)
+    quantized = dfq.quantize(teacher, "w3a8", calibration=images, recipe="repq", progress=False)
+    before = quantized.tensors()
+    training = Training("full", temperature=1.0).settled(quantized)
+    with trained(View(quantized, torch.float32), training) as trainee:
+        optimizer = optimizer_of(trainee, training)
+        pool = pool_of(teacher, images)
+        found = [step(trainee, optimizer, pool, torch.arange(5), 1.0) for _ in range(20)]
+    assert found[-1] < found[0]
+    assert any(not torch.equal(before[name], tensor) for name, tensor in quantized.tensors().items())
+
+
 def test_norms_over_batches_move_only_where_everything_is_trained(
     tiny: Callable[..., Model], images_for: Images
 ) -> None:
