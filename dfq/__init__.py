@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dfq.runtime import RuntimeModel, integer_products, open_model
     from dfq.transfer.student import load_student
     from dfq.transfer.training import Training
+    from dfq.unlabelled import Likeness, compare
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOMES = {
     "Distillation": "dfq.distillation",
     "Evaluation": "dfq.evaluation",
     "Export": "dfq.onnx_export",
+    "Likeness": "dfq.unlabelled",
     "MixedPrecision": "dfq.ptq.mixed_precision",
     "Model": "dfq.models",
     "Preprocessing": "dfq.preprocessing",
@@ -54,6 +56,7 @@ _HOMES = {
     "Sensitivity": "dfq.ptq.sensitivity",
     "Training": "dfq.transfer.training",
     "bench": "dfq.benchmark",
+    "compare": "dfq.unlabelled",
     "distill": "dfq.distillation",
     "evaluate": "dfq.evaluation",
     "export": "dfq.onnx_export",
@@ -80,6 +83,7 @@ __all__ = [
     "Distillation",
     "Evaluation",
     "Export",
+    "Likeness",
     "MixedPrecision",
     "Model",
     "Preprocessing",
@@ -90,6 +94,7 @@ __all__ = [
     "Training",
     "__version__",
     "bench",
+    "compare",
     "distill",
     "evaluate",
     "export",

@@ -230,11 +230,51 @@ def evaluate(
     Raises: DfqError when there are no images, labels or logits do not fit, logits are NaN or infinite, or the baseline
     takes other images than the model; UsageError when a number is out of range or the device is not there.
     """
+    where = model.device if device is None else resolve_device(device)
+    dataset = image_folder(data, model) if isinstance(data, str | os.PathLike) else data
+    counted, images_per_second = count_answers(
+        model, baseline, dataset, where, batch_size=batch_size, workers=workers, limit=limit, progress=progress
+    )
+    low, high = wilson_interval(counted.hits["right"], counted.num_images)
+    return Evaluation(
+        model=model.name,
+        bits=model.bits,
+        device=str(where),
+        runtime=where_it_runs(model),
+        seed=seed,
+        num_images=counted.num_images,
+        top1=100 * counted.hits["right"] / counted.num_images,
+        top1_ci95=(100 * low, 100 * high),
+        top5=100 * counted.hits["right5"] / counted.num_images,
+        images_per_second=images_per_second,
+        weight_bytes=model.weight_bytes,
+        versions=versions(*(() if model.runtime == PYTORCH else (model.runtime,))),
+        comparison=None if baseline is None else _comparison(counted),
+        classes=_classes(counted, compared=baseline is not None),
+        changed=tuple(
+            (answer, other, count) for (answer, other), count in sorted(counted.changed.items(), key=_by_count)
+        ),
+    )
+
+
+def count_answers(
+    model: Classifier,
+    baseline: Classifier | None,
+    dataset: Dataset[Any],
+    where: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    limit: int | None,
+    progress: bool,
+) -> tuple[Counted, float]:
+    """What both say of the images of a dataset, on the device `where`, and the model's images per second.
+
+    See `evaluate`, also for what is raised.
+    """
     _check_counts(batch_size, workers, limit)
     if baseline is not None:
         _check_comparable(model, baseline)
-    where = model.device if device is None else resolve_device(device)
-    dataset = image_folder(data, model) if isinstance(data, str | os.PathLike) else data
     if limit is not None:
         dataset = _evenly_spaced(dataset, limit)
     shared = team()
@@ -267,27 +307,7 @@ def evaluate(
             bar.update()
             if left == 0:
                 break
-    counted, images_per_second = tally.total(shared)
-    low, high = wilson_interval(counted.hits["right"], counted.num_images)
-    return Evaluation(
-        model=model.name,
-        bits=model.bits,
-        device=str(where),
-        runtime=_where_it_runs(model),
-        seed=seed,
-        num_images=counted.num_images,
-        top1=100 * counted.hits["right"] / counted.num_images,
-        top1_ci95=(100 * low, 100 * high),
-        top5=100 * counted.hits["right5"] / counted.num_images,
-        images_per_second=images_per_second,
-        weight_bytes=model.weight_bytes,
-        versions=versions(*(() if model.runtime == PYTORCH else (model.runtime,))),
-        comparison=None if baseline is None else _comparison(counted),
-        classes=_classes(counted, compared=baseline is not None),
-        changed=tuple(
-            (answer, other, count) for (answer, other), count in sorted(counted.changed.items(), key=_by_count)
-        ),
-    )
+    return tally.total(shared)
 
 
 def _length(loader: DataLoader[Any]) -> int | None:
@@ -304,7 +324,7 @@ def _by_count(entry: tuple[tuple[int, int], int]) -> tuple[int, tuple[int, int]]
     return -count, answers
 
 
-def _where_it_runs(model: Classifier) -> str:
+def where_it_runs(model: Classifier) -> str:
     """The runtime, and of an exported model the precision of what is not computed in integers, unless it is fp32."""
     if isinstance(model, RuntimeModel) and model.precision != FULL:
         return f"{model.runtime} ({model.precision})"

@@ -42,13 +42,14 @@ class Counted:
     """What was counted of some images; sums are of 64 bits, whatever the device.
 
     hits: of all images by what happened; by_class: of those of one class, by (its label, what happened); changed: by
-    (the baseline's answer, the model's), where they are two; signal, noise: powers of the baseline's logits and of the
-    difference; seconds: of the model's forward passes.
+    (the baseline's answer, the model's), where they are two; divergence: KL(baseline || model) of the predictions, in
+    nats; signal, noise: powers of the baseline's logits and of the difference; seconds: of the model's forward passes.
     """
 
     hits: Counter[str]
     by_class: Counter[tuple[int, str]]
     changed: Counter[tuple[int, int]]
+    divergence: float
     signal: float
     noise: float
     num_images: int
@@ -64,8 +65,8 @@ class Counted:
             hits.update(part.hits)
             by_class.update(part.by_class)
             changed.update(part.changed)
-        signal, noise, seconds = (sum(getattr(part, name) for part in parts) for name in ("signal", "noise", "seconds"))
-        return cls(hits, by_class, changed, signal, noise, sum(part.num_images for part in parts), seconds)
+        names = ("divergence", "signal", "noise", "num_images", "seconds")
+        return cls(hits, by_class, changed, *(sum(getattr(part, name) for part in parts) for name in names))
 
     @property
     def images_per_second(self) -> float:
@@ -94,7 +95,7 @@ class Tally:
         right = found == labels
         marks = {"all": torch.ones_like(right), "right": right, "right5": (best == labels[:, None]).any(1)}
         changed: Counter[tuple[int, int]] = Counter()
-        signal = noise = 0.0
+        divergence = signal = noise = 0.0
         if baseline is not None:
             reference, _ = _timed_logits(baseline, images)
             expected = _best_classes(reference)[:, 0]
@@ -106,11 +107,13 @@ class Tally:
                 "agreeing": agreeing,
             }
             changed.update(zip(expected[~agreeing].tolist(), found[~agreeing].tolist(), strict=True))
+            wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
+            divergence = float((wanted.exp() * (wanted - given)).sum())
             signal = float(reference.square().sum())
             noise = float((reference - logits).square().sum())
         hits = Counter({name: int(which.sum()) for name, which in marks.items()})
         by_class = Counter((label, name) for name, which in marks.items() for label in labels[which].tolist())
-        self._batches.append(Counted(hits, by_class, changed, signal, noise, len(images), seconds))
+        self._batches.append(Counted(hits, by_class, changed, divergence, signal, noise, len(images), seconds))
 
     def total(self, shared: Team) -> tuple[Counted, float]:
         """Of all batches of all processes, and images per second.

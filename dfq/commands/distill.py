@@ -57,8 +57,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--level",
         choices=("origin", "pool"),
-        help="of ridge: where all classes are to be equally likely, at the features' origin or on the pool as the "
-        "teacher has it (default: origin, where features are given by a LayerNorm)",
+        help="of ridge: where classes are balanced: origin, where the student's features are zero, or pool, as likely "
+        "on the pool as the teacher finds them (default: origin, where features are given by a LayerNorm)",
     )
     training = parser.add_argument_group("training by sgd or adamw")
     training.add_argument("--steps", type=positive, default=100, metavar="N", help="per round (default: %(default)s)")

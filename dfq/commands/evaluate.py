@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, "a folder that `dfq quantize` made, an ONNX file that `dfq export` made, or a model")
+    add_model_options(
+        parser,
+        "a folder that `dfq quantize` made, an ONNX file that `dfq export` made, or a model",
+        weights_default="timm's pretrained ones; beside a quantized model, the file that it was made from",
+    )
     group = parser.add_argument_group("images")
     group.add_argument("--data-dir", type=Path, metavar="DIR", help="one folder of images per class")
+    group.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="--data-dir is any folder of images, or a calibration set: the answers are compared with those of full "
+        "precision, and no accuracy is measured",
+    )
     group.add_argument("--dataset", metavar="NAME", help="a dataset as timm names it, such as torch/cifar10")
     group.add_argument("--split", default="validation", metavar="NAME", help="of --dataset (default: %(default)s)")
     group.add_argument(
@@ -32,7 +42,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "-j", "--workers", type=count, default=0, metavar="N", help="loading processes (default: %(default)s)"
     )
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--baseline", action="store_true", help="full precision too, on the same images")
+    group.add_argument(
+        "--baseline", action="store_true", help="full precision too, on the same images; the next one implies it"
+    )
     group.add_argument("--max-drop", type=finite, metavar="POINTS", help="exit with 3 if the drop is larger")
     group.add_argument(
         "--runtime",
@@ -50,6 +62,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import dfq
+    from calibration.files import write_json
     from calibration.team import team
     from dfq.architectures import REFERENCE
     from dfq.checkpoint import is_quantized_model
@@ -59,7 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
     from dfq.runtime import is_onnx_file
 
     target = arguments.model
-    baseline = None
+    if arguments.unlabelled and (arguments.data_dir is None or arguments.dataset is not None):
+        raise UsageError("--unlabelled is for the images of a folder: give --data-dir, and no --dataset")
+    if arguments.unlabelled and arguments.max_drop is not None:
+        raise UsageError("--max-drop needs labelled images: without labels nobody knows the drop")
+    compared = arguments.baseline or arguments.max_drop is not None or arguments.unlabelled
+    baseline: Model | None = None
     model: Any
     check_files(arguments, {"json": ""})
     exported = is_onnx_file(target)
@@ -77,14 +95,29 @@ def run(arguments: argparse.Namespace) -> int:
             model = dfq.open_model(target, arguments.runtime or RUNTIMES[0], precision=arguments.precision or "fp32")
         else:
             model = dfq.load(target, device=arguments.device)
-        if arguments.baseline or arguments.max_drop is not None:
+        if compared:
             baseline = _baseline_of(model, arguments)
     elif Path(target).is_dir():
         raise DfqError(f"{target} is a folder, but not of a quantized model: it lacks config.json or model.safetensors")
     else:
-        if arguments.baseline or arguments.max_drop is not None:
-            raise UsageError("--baseline and --max-drop compare a quantized model with its original")
+        if compared:
+            raise UsageError("--baseline, --max-drop and --unlabelled compare a quantized model with its original")
         model = model_of(arguments)
+
+    common = {
+        "batch_size": arguments.batch_size,
+        "workers": arguments.workers,
+        "device": arguments.device,
+        "limit": arguments.limit,
+        "progress": not arguments.quiet,
+    }
+    if arguments.unlabelled and baseline is not None:
+        likeness = dfq.compare(model, baseline, arguments.data_dir, **common)
+        print(model.describe())
+        print(likeness.table())
+        if arguments.json is not None and team().leads:
+            write_json(arguments.json, likeness.to_dict())
+        return 0
 
     if arguments.dataset is not None:
         data: Any = timm_dataset(arguments.dataset, arguments.data_dir, arguments.split, model)
@@ -99,12 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         data,
         baseline=baseline,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=arguments.device,
-        limit=arguments.limit,
         seed=model.seed if exported else getattr(model, "calibration", {}).get("run", {}).get("seed"),
-        progress=not arguments.quiet,
+        **common,
     )
     if complete:
         print(model.describe())

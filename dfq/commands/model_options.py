@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 MODEL_CHANGES = ("random_weights", "image_size", "mean", "std", "interpolation", "crop_pct")
 
 
-def add_model_options(parser: argparse.ArgumentParser, what: str = "a model", *, name: str = "model") -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    what: str = "a model",
+    *,
+    name: str = "model",
+    weights_default: str = "timm's pretrained ones",
+) -> None:
     parser.add_argument(
         name, metavar=name.upper(), help=f"{what}: a timm name, hf-hub:USER/REPO, local-dir:FOLDER, or reference"
     )
@@ -24,7 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "a model", *,
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="weights: safetensors or a PyTorch state dict (default: timm's pretrained ones)",
+        help=f"weights: safetensors or a PyTorch state dict (default: {weights_default})",
     )
     weights.add_argument("--random-weights", action="store_true", help="untrained, for trials and timing")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -37,6 +43,17 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "a model", *,
     group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of the normalisation")
     group.add_argument("--interpolation", metavar="NAME", help="of the resize: bicubic, bilinear, nearest, ...")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the resized image in the crop, up to 1")
+
+
+def model_words(arguments: argparse.Namespace) -> list[str]:
+    """The model as it was asked for, for a command that goes on with it."""
+    words = [str(arguments.model)]
+    for name in ("checkpoint", *MODEL_CHANGES):
+        value = getattr(arguments, name)
+        if value not in (None, False):
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return words + (["--seed", str(arguments.seed)] if arguments.random_weights and arguments.seed else [])
 
 
 def model_of(arguments: argparse.Namespace) -> Model:

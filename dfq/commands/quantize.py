@@ -17,7 +17,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser, "w8a8")
     group = parser.add_argument_group("calibration images that are there (default: some are made)")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made")
+    source.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="a set that `dfq generate` made; with -n its first N images"
+    )
     source.add_argument(
         "--calibration-images", type=Path, metavar="DIR", help="a folder of real images, of which -n are drawn"
     )
@@ -35,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from calibration.files import FolderLock, remove_file, take_folder
     from calibration.team import team
     from dfq.checkpoint import claim_directory
+    from dfq.errors import UsageError
     from dfq.generation import describe_run
     from dfq.ptq.engine import check_calibration, prepare
     from dfq.ptq.resume import UNFINISHED
@@ -44,12 +47,17 @@ def run(arguments: argparse.Namespace) -> None:
     widths = parse_bits(arguments.bits)
     bits = str(widths)
     recipe = dfq.load_recipe(arguments.recipe)
-    if arguments.num_images is None:
+    wanted = arguments.num_images
+    if wanted is None:
         arguments.num_images = recipe.num_images
     plan = plan_of(arguments)
     model = model_of(arguments)
     prepare(model, widths, recipe)
     images = given_images(arguments, model)
+    if images is not None and wanted is not None:
+        if len(images) < wanted:
+            raise UsageError(f"{arguments.calibration} holds {len(images)} images, and -n asks for {wanted}")
+        images = images.first(wanted)
     if images is None:
         check_method(model.module, plan)
         calibration = {"num_images": plan.num_images, "run": describe_run(model, plan)}
@@ -80,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         quantized = dfq.load(arguments.out, device=arguments.device)
         print(f"{arguments.out} already holds this model; nothing to do")
     else:
-        # Without, it is a matter of seconds.
+        # Without, it is soon done.
         resume = None if recipe.reconstruction is None else arguments.out / UNFINISHED
         quantized = dfq.quantize(
             model, bits, calibration=images, recipe=recipe, resume=resume, progress=not arguments.quiet

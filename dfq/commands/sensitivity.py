@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from dfq.commands.command import Command
 from dfq.commands.image_options import add_image_options, given_images, plan_of
-from dfq.commands.model_options import add_model_options, model_of
+from dfq.commands.model_options import add_model_options, model_of, model_words
 from dfq.commands.output_options import check_files
 from dfq.commands.recipe_options import add_recipe_options
 from dfq.commands.values import above_zero, size_or_share
@@ -79,8 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
         write_chart(result.costs.sensitivity if chosen else result, arguments.chart)
     if arguments.out is not None:
         write_recipe(result.recipe, arguments.out)
-        command = f"dfq quantize {arguments.model} --bits {widths} --recipe {arguments.out} --out DIR"
-        print(f"recipe in {arguments.out}; use it with: {command}")
+        words = ["dfq", "quantize", *model_words(arguments), "--bits", str(widths), "--recipe", str(arguments.out)]
+        if arguments.calibration is not None:
+            words += ["--calibration", str(arguments.calibration)]
+        print(f"recipe in {arguments.out}; use it with: {shlex.join([*words, '--out', 'DIR'])}")
 
 
 COMMAND = Command(

@@ -76,6 +76,33 @@ def test_evaluate_without_baseline_and_of_full_precision(
     assert capsys.readouterr().err == ""
 
 
+def test_evaluate_images_without_labels(
+    status: Callable[..., int], w8a8: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loose, file = tmp_path / "loose", tmp_path / "result.json"
+    loose.mkdir()
+    for index, path in enumerate(sorted(digits.rglob("*.png"))):
+        (loose / f"{index}.png").write_bytes(path.read_bytes())
+    command = ("evaluate", w8a8, "--device", "cpu", "--unlabelled")
+    assert status(*command, "--data-dir", loose, "--json", file) == 0
+    said, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert f"{result['num_images']} images without labels" in said
+    assert "top-1" not in said
+    # The same images with their labels.
+    assert status("evaluate", w8a8, "--device", "cpu", "--data-dir", digits, "--baseline", "--json", file) == 0
+    assert json.loads(file.read_text())["agreement"] == result["agreement"]
+    capsys.readouterr()
+    for wrong, reason in (
+        ((), "give --data-dir"),
+        (("--data-dir", loose, "--max-drop", 1), "without labels nobody knows the drop"),
+        (("--data-dir", loose, "--dataset", "torch/cifar10"), "and no --dataset"),
+    ):
+        assert status(*command, *wrong) == 2
+        assert reason in capsys.readouterr().err
+    assert status("evaluate", "reference", "--data-dir", loose, "--unlabelled") == 2
+    assert "compare a quantized model with its original" in capsys.readouterr().err
+
+
 def test_evaluate_a_folder_of_images(
     status: Callable[..., int], w8a8: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +166,10 @@ def test_quantize_on_a_set_and_on_real_images(
     assert status(*command, "--calibration", given, "--out", tmp_path / "on-set") == 0
     assert (tmp_path / "on-set" / "model.safetensors").read_bytes() == (w8a8 / "model.safetensors").read_bytes()
     assert not (tmp_path / "on-set" / "calibration").exists()
+    assert status(*command, "--calibration", given, "-n", 5, "--out", tmp_path / "on-five") == 0
+    assert dfq.load(tmp_path / "on-five").calibration["num_images"] == 5
+    assert status(*command, "--calibration", given, "-n", 500, "--out", tmp_path / "on-too-many") == 2
+    assert not (tmp_path / "on-too-many").exists()
     options = ("--recipe", "paper", "--calibration-images", digits, "-n", 5)
     assert status(*command, *options, "--out", tmp_path / "on-real") == 0
     run = dfq.load(tmp_path / "on-real").calibration["run"]
