@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from calibration.initial import initial_images
 from dfq.errors import DfqError
+from dfq.machine import this_machine
 from dfq.onnx_layers import pair_sites
 from dfq.ptq.engine import QuantizedModel
 from dfq.statistics import sqnr_db
@@ -42,7 +43,8 @@ class Agreement:
 
     agreement: percent of images with the same class; sqnr_db: power of the model's logits over that of the difference;
     floor_db: the same for the model in single against double precision, infinite where they are equal; fused_sqnr_db:
-    of the graph as onnxruntime fuses it into integer products for this processor.
+    of the graph as onnxruntime fuses it into integer products for this processor; cuts_sums: whether this processor is
+    not known to have an instruction that sums such products in full.
     """
 
     num_images: int
@@ -50,11 +52,7 @@ class Agreement:
     sqnr_db: float
     floor_db: float
     fused_sqnr_db: float
-
-    @property
-    def saturates(self) -> bool:
-        """Whether integer products are less exact on this processor than the graph says."""
-        return self.fused_sqnr_db < self.sqnr_db - _FUSED_DECIBELS
+    cuts_sums: bool
 
     def describe(self) -> str:
         """A line or two for people."""
@@ -63,11 +61,14 @@ class Agreement:
             f"to noise ratio of {self.sqnr_db:.1f} dB (the model against itself in double precision: "
             f"{self.floor_db:.1f} dB)"
         )
-        if self.saturates:
-            said += (
-                f"\nonly {self.fused_sqnr_db:.1f} dB as onnxruntime fuses it here: processors without VNNI cut sums of "
-                "8-bit products off; quantize to 7-bit weights (--bits w7a8) for them, see docs/deploy.md"
-            )
+        if self.fused_sqnr_db < self.sqnr_db - _FUSED_DECIBELS:
+            why = "values that lie between two integers are rounded the other way; `dfq evaluate` says what that costs"
+            if self.cuts_sums:
+                why = (
+                    "processors without VNNI cut sums of 8-bit products off; quantize to 7-bit weights (--bits w7a8) "
+                    "for them, see docs/deploy.md"
+                )
+            said += f"\nonly {self.fused_sqnr_db:.1f} dB as onnxruntime fuses it here: {why}"
         return said
 
 
@@ -105,7 +106,15 @@ def check_graph(content: bytes, qmodel: QuantizedModel, *, num_images: int = 8, 
             "written; please report this"
         )
     same = (found.argmax(1) == single.argmax(1)).double().mean().item()
-    return Agreement(num_images, 100 * same, _sqnr_db(found, single), _sqnr_db(single, double), _sqnr_db(fused, single))
+    here = this_machine()
+    return Agreement(
+        num_images,
+        100 * same,
+        _sqnr_db(found, single),
+        _sqnr_db(single, double),
+        _sqnr_db(fused, single),
+        cuts_sums=here.instruction_sets is None or here.lacks_integer_dot,
+    )
 
 
 def _model_run(network: nn.Module, images: Tensor, sites: Mapping[str, Quantizer]) -> tuple[Tensor, dict[str, Tensor]]:

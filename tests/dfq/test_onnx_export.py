@@ -23,7 +23,7 @@ from calibration.calibration_set import CalibrationSet
 from dfq import reference as embedded
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
-from dfq.onnx_check import check_graph
+from dfq.onnx_check import Agreement, check_graph
 from dfq.onnx_export import export_network
 from dfq.ptq.engine import QuantizedModel
 from dfq.recipe import load_recipe, recipe_from_dict
@@ -248,3 +248,13 @@ def test_what_cannot_be_exported(
     with pytest.raises(DfqError, match=r'exporting needs onnxscript: pip install "dfq\[onnx\]"'):
         dfq.export(quantized, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fusing_loses_is_put_down_to_the_processor_only_where_it_can_be() -> None:
+    def said(fused: float, *, cuts_sums: bool) -> str:
+        return Agreement(8, 100.0, 30.0, 60.0, fused, cuts_sums=cuts_sums).describe()
+
+    assert "fuses" not in said(29.0, cuts_sums=True)
+    assert "only 25.0 dB as onnxruntime fuses it here: processors without VNNI" in said(25.0, cuts_sums=True)
+    assert "rounded the other way" in said(25.0, cuts_sums=False)
+    assert "VNNI" not in said(25.0, cuts_sums=False)

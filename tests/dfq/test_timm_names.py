@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from dfq.architectures import build_architecture
 from dfq.errors import DfqError, UnsupportedModelError
 from dfq.models import Model, Origin
 from dfq.preprocessing import Preprocessing
+from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import adapt
-from dfq.recipe import load_recipe
+from dfq.ptq.sites import list_sites
 from dfq.support import check_invertible, check_quantizable, describe_support
 from dfq.tried import TRIED
 
@@ -169,9 +169,18 @@ def test_quantization(model: Model) -> None:
     logits = model(images)
     torch.testing.assert_close(adapt(copy.deepcopy(model.module))(images), logits, rtol=1e-4, atol=1e-5)
     noise = dfq.generate(model, "gaussian", 2, progress=False)
-    tuned = load_recipe("accurate")
-    assert tuned.reconstruction is not None
-    tuned = replace(tuned, reconstruction=replace(tuned.reconstruction, iterations=1, batch_size=2))
-    for recipe, bits, error in (("paper", "w8a16", 0.1), ("fast", "w8a8", 0.3), (tuned, "w8a8", 0.3)):
-        quantized = dfq.quantize(model, bits, calibration=noise, recipe=recipe, progress=False)
-        assert (quantized(images) - logits).norm() < error * logits.norm()
+    quantized = dfq.quantize(model, "w8a16", calibration=noise, recipe="paper", progress=False)
+    error = quantized(images) - logits
+    assert error.norm() < 0.1 * logits.norm()
+
+
+def test_gradients_for_every_layer_that_is_quantized(model: Model) -> None:
+    """What `fast` and `accurate` ask for, and `paper` does not."""
+    if part_refused(TRIED[model.name].quantization) is not None:
+        return
+    network = adapt(copy.deepcopy(model.module))
+    layers = {site.owner for site in list_sites(network, "gemm") if site.is_weight}
+    images = torch.randn(2, 3, *model.preprocessing.image_size, generator=torch.Generator().manual_seed(0))
+    found = token_gradients(network, sorted(layers), [(images, None)])
+    assert set(found) == layers
+    assert all(bool(gradients.isfinite().all()) and gradients.numel() for (gradients,) in found.values())

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import dfq
+from calibration.calibration_set import CalibrationSet
 from dfq.models import Model
 from dfq.ptq.gradients import stage_importance, tempered, token_gradients
 from dfq.ptq.modules import adapt
 from dfq.ptq.search import fisher_logit_gradient
 from dfq.ptq.stages import stages
+from dfq.recipe import load_recipe
 
 LAYERS = ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "head")
 
@@ -54,6 +58,20 @@ def test_batches_come_as_they_were_and_sparse_ones_with_their_tokens(tiny: Calla
     batches = [(pictures(10), None), (pictures(9), keep)]
     (found,) = token_gradients(network, ["blocks.0.mlp.fc1"], batches).values()
     assert [tuple(each.shape) for each in found] == [(10, 17), (9, 4)]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "accurate"])
+def test_models_that_pool_by_attention(
+    recipe: str, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """What their pool projects of its own query hangs on no image."""
+    model, chosen = tiny(global_pool="map"), load_recipe(recipe)
+    if chosen.reconstruction is not None:
+        chosen = replace(chosen, reconstruction=replace(chosen.reconstruction, iterations=2))
+    quantized = dfq.quantize(model, "w8a8", calibration=images_for(), recipe=chosen, progress=False)
+    x = pictures(3)
+    assert "attn_pool.q.weight" in quantized.sites
+    assert (quantized(x) - model(x)).norm() < 0.2 * model(x).norm()
 
 
 def test_swin_has_gradients_of_windows_and_merged_patches(tiny_swin: Callable[..., Model]) -> None:

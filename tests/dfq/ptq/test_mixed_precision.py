@@ -294,7 +294,7 @@ def test_the_command_chooses_bits_that_quantize_takes(tmp_path: Path, capsys: py
     options = ("--calibration", made, "--target-size", "70%", "--out", recipe, "--chart", chart, "--json", numbers)
     assert status(*COMMAND, "--bits", "w4a8", *options) == 0
     said = capsys.readouterr().out
-    assert f"dfq quantize reference --bits w4a8 --recipe {recipe} --out DIR" in said
+    assert f"dfq quantize reference --bits w4a8 --recipe {recipe} --calibration {made} --out DIR" in said
     bits = {layer["name"]: layer["bits"] for layer in json.loads(numbers.read_text())["layers"]}
     assert chart.exists()
     quantize = ("quantize", "reference", "--bits", "w4a8", "--recipe", recipe, "--calibration", made, "--out", out)
