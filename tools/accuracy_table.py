@@ -266,14 +266,15 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
             some = row[0]
             quantizing = max(line["quantize_seconds"] for line in row)
             cells = [cell_text([line for line in row if line["bits"] == bits], first["num_images"]) for bits in columns]
-            seconds = f"{some['generate_seconds']:.0f} + {quantizing:.0f}"
+            making = "-" if some["generate_seconds"] is None else f"{some['generate_seconds']:.0f}"
+            seconds = f"{making} + {quantizing:.0f}"
             blocks.append(f"| {' | '.join([f'`{Path(recipe).stem}`', calibration_text(some), seconds, *cells])} |")
         threads = sorted({line["threads"] for line in own if "threads" in line})
         seeds = sorted({line["seed"] for line in own})
         memory = max((line.get("peak_memory_mb", 0) for line in own), default=0)
         machines = " and ".join(dict.fromkeys(line["machine"] for line in own))
         blocks.append(
-            "\nSeconds: of making the images, and of quantizing"
+            "\nSeconds: of making the images, and of quantizing, the most of a row"
             + (f"; its peak memory beyond the model is at most {memory} MB" if memory else "")
             + f". Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {machines}"
             + "".join(f", {count} of them used" for count in threads)
