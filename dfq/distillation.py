@@ -277,7 +277,8 @@ class _Folder:
         self._manifest = team().lead(lambda: self._claim(held, overwrite))
 
     def _claim(self, held: ExitStack, overwrite: bool) -> dict[str, Any]:
-        held.callback(take_folder(self.path).release)
+        self._lock = take_folder(self.path)
+        held.callback(self._lock.release)
         path = self.path / MANIFEST
         if path.exists():
             manifest = read_json(path)

@@ -269,6 +269,23 @@ def test_a_folder_is_let_go_of_while_the_exception_is_held(
     assert held.traceback
 
 
+def test_a_second_run_in_the_same_folder_is_refused(
+    reference: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, refused = StateFile.keep, []
+
+    def keep_and_try(self: StateFile, trainee: Any, optimizer: Any, done: list[Round]) -> None:
+        keep(self, trainee, optimizer, done)
+        with pytest.raises(DfqError, match="another process is at work in") as error:
+            run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+        refused.append(str(error.value))
+
+    monkeypatch.setattr(StateFile, "keep", keep_and_try)
+    run(reference, load_student("reference", reference, fresh_classifier=True), out=tmp_path)
+    assert len(refused) == 3
+    assert all(str(tmp_path) in text for text in refused)
+
+
 def test_a_folder_of_something_else(reference: Model, student: Model, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DfqError, match="is not empty and holds no transfer"):
