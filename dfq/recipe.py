@@ -123,7 +123,7 @@ class SiteSettings:
             )
         if self.quantizer != "uniform" and self.granularity != "tensor":
             raise ValueError(
-                f"granularity {self.granularity!r} belongs to the uniform quantizer, not to {self.quantizer}"
+                f"granularity {self.granularity!r} belongs to the uniform quantizer: {self.quantizer} has 'tensor'"
             )
         if self.gradient and is_weight:
             raise ValueError("gradient is for activations, not for weights")

@@ -229,7 +229,7 @@ def test_what_cannot_be_exported(
     with pytest.raises(UsageError, match=r"ends in \.onnx"):
         dfq.export(quantized, tmp_path / "m.pt")
     content = load_recipe("deploy").to_dict() | {
-        "sites": {"blocks.1.mlp.fc2.weight": {"quantizer": "log", "split": "sign"}}
+        "sites": {"blocks.1.mlp.fc2.weight": {"quantizer": "log", "split": "sign", "granularity": "tensor"}}
     }
     content |= {"compensation": None}
     content = {key: value for key, value in content.items() if value is not None and key != "name"}
