@@ -280,6 +280,7 @@ class _Folder:
         self._lock = take_folder(self.path)
         held.callback(self._lock.release)
         path = self.path / MANIFEST
+        fresh = {"format": FORMAT, "version": VERSION, "complete": False, "run": self._run, "versions": versions()}
         if path.exists():
             manifest = read_json(path)
             if manifest.get("format") != FORMAT:
@@ -295,14 +296,11 @@ class _Folder:
                     "choose another --out or give --overwrite"
                 )
             self._replaces = True
-            return self._unfinished()
+            return fresh
         if any(self.path.iterdir()):
             raise DfqError(f"{self.path} is not empty and holds no transfer; choose another --out")
-        write_json(path, self._unfinished())
-        return self._unfinished()
-
-    def _unfinished(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "complete": False, "run": self._run, "versions": versions()}
+        write_json(path, fresh)
+        return fresh
 
     def begin(self, methods: Collection[str]) -> None:
         """Delete another run that is to be replaced; what can be refused has been. methods: whose pools are this run's.

@@ -1,10 +1,12 @@
-"""Intervals and tests for accuracies, and for two accuracies on the same images."""
+"""What two models say of the same images, compared: intervals and tests for accuracies, distances of their logits."""
 
 from __future__ import annotations
 
 import math
 
 from scipy.stats import binomtest, norm
+from torch import Tensor
+from torch.nn import functional as F
 
 CONFIDENCE = 0.95
 """Coverage of every interval given here."""
@@ -43,3 +45,12 @@ def sqnr_db(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def divergence(found: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(wanted || found) of the predictions, in nats, times the temperature squared: [B].
+
+    found, wanted: logits [B, C], both divided by the temperature first (Hinton et al., 2015).
+    """
+    expected, given = (F.log_softmax(logits / temperature, dim=-1) for logits in (wanted, found))
+    return temperature**2 * F.kl_div(given, expected, reduction="none", log_target=True).sum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from calibration.team import Team
 from dfq.datasets import Labelled
 from dfq.errors import DfqError
+from dfq.statistics import divergence
 
 _TOP_K = 5
 
@@ -95,7 +96,7 @@ class Tally:
         right = found == labels
         marks = {"all": torch.ones_like(right), "right": right, "right5": (best == labels[:, None]).any(1)}
         changed: Counter[tuple[int, int]] = Counter()
-        divergence = signal = noise = 0.0
+        kl = signal = noise = 0.0
         if baseline is not None:
             reference, _ = _timed_logits(baseline, images)
             expected = _best_classes(reference)[:, 0]
@@ -107,13 +108,12 @@ class Tally:
                 "agreeing": agreeing,
             }
             changed.update(zip(expected[~agreeing].tolist(), found[~agreeing].tolist(), strict=True))
-            wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
-            divergence = float((wanted.exp() * (wanted - given)).sum())
+            kl = float(divergence(logits, reference).sum())
             signal = float(reference.square().sum())
             noise = float((reference - logits).square().sum())
         hits = Counter({name: int(which.sum()) for name, which in marks.items()})
         by_class = Counter((label, name) for name, which in marks.items() for label in labels[which].tolist())
-        self._batches.append(Counted(hits, by_class, changed, divergence, signal, noise, len(images), seconds))
+        self._batches.append(Counted(hits, by_class, changed, kl, signal, noise, len(images), seconds))
 
     def total(self, shared: Team) -> tuple[Counted, float]:
         """Of all batches of all processes, and images per second.

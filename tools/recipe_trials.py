@@ -40,22 +40,29 @@ from accuracy_table import (
 from torch import Tensor
 
 import dfq
-from dfq.recipe import Recipe, load_recipe
+from dfq.ptq.probe import Cost
+from dfq.recipe import Recipe, Reconstruction, load_recipe
+from dfq.statistics import divergence
 from dfq.versions import versions
 
 KEY = ("model", "source", "recipe", "bits", "seed", "trial")
 AS_IT_IS = "as it is"
 
 
-def tuned(recipe: Recipe, **changes: Any) -> Recipe:
-    """Blocks tuned with other settings. Raises SystemExit where none are tuned."""
+def tuning_of(recipe: Recipe) -> Reconstruction:
+    """Raises SystemExit where no blocks are tuned."""
     if recipe.reconstruction is None:
         raise SystemExit(f"the recipe {recipe.name} tunes no blocks: nothing of that can be tried otherwise")
-    return replace(recipe, reconstruction=replace(recipe.reconstruction, **changes))
+    return recipe.reconstruction
+
+
+def tuned(recipe: Recipe, **changes: Any) -> Recipe:
+    """Blocks tuned with other settings."""
+    return replace(recipe, reconstruction=replace(tuning_of(recipe), **changes))
 
 
 def steps(recipe: Recipe, times: int) -> Recipe:
-    return tuned(recipe, iterations=times * recipe.reconstruction.iterations if recipe.reconstruction else 0)
+    return tuned(recipe, iterations=times * tuning_of(recipe).iterations)
 
 
 def ranges_per_token_always(recipe: Recipe) -> Recipe:
@@ -104,24 +111,18 @@ def main() -> None:
             )
             seconds = time.monotonic() - started
             logits = site_kinds.logits_of(quantized, images)
-            costs = divergences(reference, logits)
+            costs = divergence(logits.double(), reference.double())
             usual = arguments.results.parent / ("-".join(str(cell[part]) for part in KEY if part != "trial") + ".pt")
             if cell["trial"] == AS_IT_IS:
                 usual.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(costs, usual)
-            same = (reference.argmax(-1) == logits.argmax(-1)).double().mean().item()
-            line = cell | made | {"kl": costs.mean().item(), "agreement": 100 * same, "num_images": len(images)}
+            cost = Cost.of(reference, logits)
+            line = cell | made | {"kl": cost.kl, "agreement": 100 - cost.changed, "num_images": len(images)}
             line |= paired(costs, torch.load(usual)) | {"quantize_seconds": round(seconds, 1)}
             line |= {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions()}
             append(arguments.results, line)
             print(to_markdown([line]), flush=True)
     print(to_markdown(read_lines(arguments.results)))
-
-
-def divergences(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(full precision || quantized) of each image, in nats: both [M, C] -> float64 [M]."""
-    expected, found = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
-    return (expected.exp() * (expected - found)).sum(-1)
 
 
 def paired(costs: Tensor, usual: Tensor) -> dict[str, float]:

@@ -111,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         "limit": arguments.limit,
         "progress": not arguments.quiet,
     }
-    if arguments.unlabelled and baseline is not None:
+    if arguments.unlabelled:
+        assert baseline is not None
         likeness = dfq.compare(model, baseline, arguments.data_dir, **common)
         print(model.describe())
         print(likeness.table())

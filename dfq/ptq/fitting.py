@@ -183,8 +183,7 @@ def reparametrize(
         if how == "searched":
             moves.append((torch.ones_like(centre), torch.zeros_like(centre)))
             weights = [(linear, planned.get(f"{name}.weight")) for name, linear in exchange.takers.items()]
-            counts = values.new_ones(()) if importance is None else importance
-            counts = counts.expand(*values.shape[:-1], 1).flatten(0, -2)
+            counts = _by_row(values.new_ones(()) if importance is None else importance, values)
             rows = values.flatten(0, -2)
             every = -(-len(rows) // _TRIAL_ROWS)
             trial = rows[::every], counts[::every]
@@ -192,6 +191,11 @@ def reparametrize(
             moves = [moves[errors.index(min(errors))]]
         exchange.rescale(*moves[0])
     return list(planned.values())
+
+
+def _by_row(importance: Tensor, values: Tensor) -> Tensor:
+    """importance that broadcasts to values [..., C] -> [R, 1], of each of their rows."""
+    return importance.expand(*values.shape[:-1], 1).flatten(0, -2)
 
 
 # Of the ratio between channels, as powers of it.
@@ -267,10 +271,9 @@ def fit_sites(network: nn.Module, sites: Iterable[PlannedSite], seen: Observed) 
         if name == PATCH_TOKENS:
             joined = [tokens.flatten(0, -2) for tokens in joined_tokens(network)]
             if importance is not None:
-                importance = importance.expand(*values.shape[:-1], 1).flatten(0, -2)
+                counts = [_by_row(importance, values), *[importance.new_ones(len(tokens), 1) for tokens in joined]]
+                importance = torch.cat(counts)
             values = torch.cat([values.flatten(0, -2), *joined])
-            if importance is not None:
-                importance = torch.cat([importance, *[importance.new_ones(len(tokens), 1) for tokens in joined]])
         fitted[name] = fit_quantizer(p, values, importance)
     return fitted
 

@@ -20,7 +20,7 @@ from dfq.ptq.fitting import fit_sites, joined_tokens, move_ranges, observe, plac
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import Bits, Recipe
-from dfq.statistics import sqnr_db
+from dfq.statistics import divergence, sqnr_db
 from quantizers import Quantizer
 
 Trial = tuple[tuple[str, int], ...]
@@ -44,8 +44,7 @@ class Cost:
     def of(cls, reference: Tensor, logits: Tensor) -> Cost:
         """reference: of full precision; both [M, C]."""
         reference, logits = reference.cpu().double(), logits.cpu().double()
-        expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
-        kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+        kl = divergence(logits, reference).mean().item()
         changed = (reference.argmax(-1) != logits.argmax(-1)).double().mean().item()
         noise = (reference - logits).square().sum().item()
         # Of nearly equal logits rounding may bring the sum a trifle below zero.

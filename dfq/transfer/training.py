@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
 from calibration.team import ALONE, team
@@ -22,6 +21,7 @@ from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
 from dfq.ptq.tuning import Tuned, tunable
 from dfq.recipe import Reconstruction
+from dfq.statistics import divergence
 from dfq.transfer.pool import Pool, View
 from dfq.transfer.ridge import Level, classifier_of, ends_in_layer_norm
 from dfq.transfer.student import classifiers_of
@@ -106,16 +106,6 @@ class Training:
     def share(self, step: int, steps: int) -> float:
         """Of the learning rate that is left at `step` of `steps`."""
         return 1.0 if self.decay == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from teacher to student, in nats, times the temperature squared: [B].
-
-    student, teacher: logits [B, C].
-    """
-    wanted = F.log_softmax(teacher / temperature, dim=-1)
-    found = F.log_softmax(student / temperature, dim=-1)
-    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
 def check_part(student: Model | QuantizedModel, training: Training) -> None:

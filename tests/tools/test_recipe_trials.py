@@ -36,7 +36,7 @@ def test_every_change_is_one(tool: Any) -> None:
 def test_the_divergence_and_its_difference_by_hand(tool: Any) -> None:
     # 3/4 and 1/4 against one half each, and the same twice.
     expected, found = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]), torch.zeros(2, 2)
-    costs = tool.divergences(expected, found)
+    costs = tool.divergence(found, expected)
     assert costs.tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.0])
     usual = torch.tensor([1.0, 2.0, 3.0, 6.0])
     # Differences 1, 0, 0, -1: no mean; their standard deviation is sqrt(2 / 3), that of the mean half of it.

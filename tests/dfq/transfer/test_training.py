@@ -16,9 +16,10 @@ import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
+from dfq.statistics import divergence
 from dfq.transfer.pool import Pool, View
 from dfq.transfer.student import load_student
-from dfq.transfer.training import Training, divergence, optimizer_of, solve, step, trained
+from dfq.transfer.training import Training, optimizer_of, solve, step, trained
 
 Images = Callable[..., CalibrationSet]
 SGD = Training(optimizer="sgd")
