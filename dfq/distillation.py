@@ -135,7 +135,8 @@ def distill(
 
     student: of `load_student`, or a quantized model of the teacher, whose integers and scales are then tuned from end
     to end. Sparse images are shown as their kept patches to a VisionTransformer with the same grid of patches, to any
-    other network as whole ones, the rest in the mean colour. Each network gets them in its own normalisation.
+    other network as whole ones, the rest in the mean colour; their windows have dead leaves behind the patches. Each
+    network gets them in its own normalisation.
 
     data: labelled images, as of `evaluate`, to measure the student on about ten times during the run, and the teacher
     in the end; nothing is chosen by them. Without, each tenth image of the pool is held out, and it is measured how

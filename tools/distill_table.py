@@ -5,9 +5,10 @@
 
 tools/fit_teacher.py makes the teacher. For every method and seed one line of JSON in --results: images, seconds and
 accuracy after every round. Lines that are there are not made again, and a transfer that was stopped goes on; students
-and pools lie beside --results. `natural+waves` shares the images of a round between two methods. `real` draws on
---real-images instead of making any: a ceiling. --fits also teaches students in other ways, from pools that are there.
---markdown prints the table of all lines; --write FILE.md puts it into a page, between
+and pools lie beside --results. `natural+waves` shares the images of a round between two methods, `smi@200` runs so many
+iterations. `real` draws on --real-images instead of making any, photographs of the task, and `others` on
+--other-images, photographs of anything else: ceilings. --fits also teaches students in other ways, from pools that are
+there. --markdown prints the table of all lines; --write FILE.md puts it into a page, between
 `<!-- students: RESULTS.jsonl -->` and `<!-- end -->`. One machine, nothing else running: the seconds are measured.
 """
 
@@ -23,6 +24,7 @@ import torch
 from accuracy_table import append, between_marks, machine, read_lines, shown
 
 import dfq
+from calibration import Plan
 
 KEY = ("teacher", "student", "method", "seed", "rounds", "round_images", "fit")
 METHODS = ["natural+waves", "waves", "natural", "leaves", "dense", "smi", "pri", "gaussian"]
@@ -45,6 +47,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     teacher_name, _, teacher_weights = arguments.teacher.partition("=")
     student_name, _, student_weights = arguments.student.partition("=")
+    photographs = {"real": arguments.real_images, "others": arguments.other_images}
     known = {tuple(line[key] for key in KEY) for line in lines}
     teacher = dfq.load_model(teacher_name, checkpoint=teacher_weights or None, crop_pct=arguments.crop_pct)
     for seed in arguments.seeds:
@@ -54,28 +57,28 @@ def main() -> None:
             if tuple(cell[key] for key in KEY) in known:
                 continue
             out = arguments.results.parent / "students" / f"{student_name}-{method}-{seed}"
-            methods = method.split("+")
+            plans = [] if method in photographs else plans_of(method, arguments.round_images, seed)
             training, calibration = FITS[fit], None
-            if method == "real":
-                calibration = real_images(teacher, arguments)
+            if method in photographs:
+                count = arguments.rounds * arguments.round_images
+                calibration = dfq.real_images(teacher, photographs[method], count, seed=seed)
                 # They have nothing in common that photographs do not have.
                 training = replace(training, level="pool")
             elif fit != DEFAULT_FIT:
-                calibration = [dfq.load_calibration_set(out / "pool" / name) for name in methods]
+                calibration = [dfq.load_calibration_set(out / "pool" / plan.name) for plan in plans]
             student = dfq.load_student(
                 student_name, teacher, checkpoint=student_weights or None, fresh_classifier=True, seed=seed
             )
             result = dfq.distill(
                 teacher,
                 student,
-                methods,
                 rounds=arguments.rounds,
-                num_images=arguments.round_images // len(methods),
+                plan=plans or None,
                 training=training,
                 calibration=calibration,
                 data=arguments.images,
                 seed=seed,
-                out=out if fit == DEFAULT_FIT else None,
+                out=out if calibration is None else None,
             )
             line = cell | {"training": training.to_dict(), "result": result.to_dict(), "machine": machine()}
             line |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(teacher.device)}
@@ -83,9 +86,13 @@ def main() -> None:
             print(to_markdown([line]), flush=True)
 
 
-def real_images(teacher: dfq.Model, arguments: argparse.Namespace) -> dfq.CalibrationSet:
-    """As many as the other pools end with, their labels not looked at: what images of the very task would teach."""
-    return dfq.real_images(teacher, arguments.real_images, arguments.rounds * arguments.round_images)
+def plans_of(method: str, round_images: int, seed: int) -> list[Plan]:
+    """Of one round: each part of `method` makes an equal share of its images."""
+    parts = [part.partition("@") for part in method.split("+")]
+    count = round_images // len(parts)
+    return [
+        Plan(name, count, int(iterations) if iterations else None, count, seed, "auto") for name, _, iterations in parts
+    ]
 
 
 def after(rounds: list[dict[str, Any]], seconds: float) -> float | None:
@@ -167,7 +174,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--crop-pct", type=float, help="of the teacher's preprocessing, which is the student's too")
     parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to measure on")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
-    parser.add_argument("--real-images", type=Path, metavar="DIR", help="for the method `real`: unlabelled photographs")
+    parser.add_argument("--real-images", type=Path, metavar="DIR", help="for `real`: photographs of the teacher's task")
+    parser.add_argument("--other-images", type=Path, metavar="DIR", help="for `others`: any other photographs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--round-images", type=int, default=20)
@@ -187,6 +195,9 @@ def parse_arguments() -> argparse.Namespace:
     given = arguments.teacher and arguments.student and arguments.images
     if not (arguments.markdown or arguments.write or given):
         parser.error("give --teacher, --student and --images, or --markdown, or --write")
+    for method, folder in (("real", arguments.real_images), ("others", arguments.other_images)):
+        if given and method in arguments.methods and folder is None:
+            parser.error(f"{method} needs a folder: give --{method.removesuffix('s')}-images")
     return arguments
 
 

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import resize, resized_crop
 
 from calibration import CalibrationSet
 from calibration.calibration_set import normalise, of_one_size
+from calibration.initial import dead_leaves
 from calibration.passes import low_precision
 from calibration.team import team
 from calibration.tokens import PatchGrid, keep_of_mask, token_gather
@@ -31,6 +32,9 @@ ASPECT = (3 / 4, 4 / 3)
 
 COARSEST = 1 / 7
 """Share of its rows and columns that a picture is left where it is seen at a lower resolution."""
+
+GROUNDS = 64
+"""Pictures of dead leaves, one of which a window of a sparse image has behind its patches."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,27 @@ class View:
 class Pool:
     """Images as they come, windows of them, and the teacher's logits for each picture, taken once.
 
-    windows: of each image, besides itself; of a sparse one each is all of it, since a part is no longer made of whole
-    patches. They are mirrored or not, and every other one is seen at a lower resolution. A picture has a number: that
-    of its image times `windows + 1`, and the image itself comes first. hold_out: of so many images the last one is
-    never drawn, 0 for none, nor are its windows.
+    windows: of each image, besides itself. They are mirrored or not, and every other one is seen at a lower resolution.
+    Those of a sparse image are windows of its patches, moved by whole ones, in front of dead leaves, each time others.
+    A picture has a number: that of its image times `windows + 1`, and the image itself comes first. hold_out: of so
+    many images the last one is never drawn, 0 for none, nor are its windows.
     """
 
     def __init__(self, teacher: View, hold_out: int, windows: int = 0) -> None:
         self._teacher, self._hold_out, self._per_image = teacher, hold_out, windows + 1
         self._team = team()
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        # uint8 [GROUNDS, 3, H, W], from the first sparse image on.
+        self._grounds: Tensor | None = None
 
     def add(self, part: CalibrationSet) -> None:
         """Take in images, and ask the teacher what it makes of them."""
         first = self.num_images
         pairs = zip(part.images, part.mask, strict=True)
         boxes = torch.stack([self._boxes(first + index, *pair) for index, pair in enumerate(pairs)])
+        if part.is_sparse and self._grounds is None and self._per_image > 1:
+            leaves = dead_leaves(GROUNDS, part.grid.image_size, torch.Generator().manual_seed(0))
+            self._grounds = (leaves * 255).round().to(torch.uint8)
         logits = torch.zeros(len(part) * self._per_image, self._teacher.network.num_classes)
         parts = [*self._parts, (part.images, part.mask, boxes, logits)]
         self._parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]  # type: ignore[list-item]
@@ -101,7 +110,8 @@ class Pool:
 
     def _chunks(self, chosen: Tensor, size: int) -> list[Tensor]:
         """At most `size` numbers in each, of pictures of one size."""
-        alike = of_one_size(self._mask[chosen // self._per_image])
+        # A window has all patches.
+        alike = of_one_size(self._mask[chosen // self._per_image] | (chosen % self._per_image > 0).view(-1, 1, 1))
         return [some for group in alike for some in torch.split(chosen[group], size)]
 
     def _look(self, some: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,28 +125,35 @@ class Pool:
         picture, mask = pictures[image], masks[image]
         if window == 0:
             return picture, mask
-        top, left, height, width, mirrored, rows, columns = boxes[image, window - 1].tolist()
+        top, left, height, width, mirrored, rows, columns, ground, down, right = boxes[image, window - 1].tolist()
+        if not bool(mask.all()):
+            assert self._grounds is not None
+            grid = PatchGrid.tiling(pictures, masks)
+            kept = grid.to_pixels(mask[None].roll((down, right), (-2, -1)))[0]
+            moved = picture.roll((down * grid.height, right * grid.width), (-2, -1))
+            picture = torch.where(kept, moved, self._grounds[ground])
         size = list(picture.shape[-2:])
         lower = resized_crop(picture, top, left, height, width, [rows, columns], antialias=True)
         picture = resize(lower, size, antialias=True)
-        return (picture.flip(-1), mask.flip(-1)) if mirrored else (picture, mask)
+        return picture.flip(-1) if mirrored else picture, torch.ones_like(mask)
 
     def _boxes(self, number: int, image: Tensor, mask: Tensor) -> Tensor:
-        """int [windows, 7], by the number of the image: top, left, height, width in pixels, whether mirrored, and the
-        rows and columns that it is seen at."""
+        """int [windows, 10], by the number of the image: top, left, height, width in pixels, whether mirrored, the rows
+        and columns that it is seen at, and of a sparse one its ground and how many patches down and right it is moved.
+        """
         height, width = image.shape[-2:]
-        sparse = not bool(mask.all())
         boxes = []
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(number)
             for window in range(self._per_image - 1):
-                whole = (0, 0, height, width)
-                box = whole if sparse else RandomResizedCrop.get_params(image, list(AREA), list(ASPECT))
+                box = RandomResizedCrop.get_params(image, list(AREA), list(ASPECT))
                 mirrored, lower = torch.rand(2).tolist()
                 share = COARSEST**lower if window % 2 else 1.0
                 sides = [max(1, round(side * share)) for side in (height, width)]
                 boxes.append([*box, int(mirrored < 0.5), *sides])
-        return torch.tensor(boxes, dtype=torch.int64).view(-1, 7)
+            limits = (GROUNDS, *mask.shape)
+            behind = torch.stack([torch.randint(limit, (self._per_image - 1,)) for limit in limits], 1)
+        return torch.cat([torch.tensor(boxes, dtype=torch.int64).view(-1, 7), behind], 1)
 
     @property
     def _mask(self) -> Tensor:

@@ -18,6 +18,33 @@ def tool(load_tool: Callable[[str], ModuleType]) -> Any:
     return load_tool("distill_table")
 
 
+def test_methods_share_a_round_and_may_have_iterations_of_their_own(tool: Any) -> None:
+    plans = tool.plans_of("waves@100+smi", 20, 3)
+    assert [(plan.name, plan.num_images, plan.iterations, plan.seed) for plan in plans] == [
+        ("waves", 10, 100, 3),
+        ("smi", 10, None, 3),
+    ]
+
+
+def test_photographs_take_the_place_of_images(
+    tool: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    arguments = ["--teacher", "reference", "--student", "reference", "--images", digits, "--results", results]
+    arguments += ["--methods", "real", "--seeds", 0, 1, "--rounds", 1, "--round-images", 12]
+    monkeypatch.setattr(sys, "argv", ["distill_table.py", *map(str, arguments), "--real-images", str(digits)])
+    tool.main()
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["method"], line["result"]["images"]) for line in lines] == [("real", 12)] * 2
+    # Each seed draws its own.
+    divergences = {line["result"]["rounds"][0]["divergence"] for line in lines}
+    assert len(divergences) == 2
+    monkeypatch.setattr(sys, "argv", ["distill_table.py", *map(str, arguments[:8]), "--methods", "others"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "others needs a folder: give --other-images" in capsys.readouterr().err
+
+
 def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results.jsonl"
     arguments = ["--teacher", "reference", "--student", "reference", "--images", digits, "--results", results]

@@ -137,22 +137,38 @@ def test_windows_depend_on_nothing_but_the_image(tiny: Callable[..., Model], ima
     assert all(torch.equal(one[number], other[number]) for number in one)
 
 
-def test_windows_of_sparse_images_are_all_of_them(
+def test_windows_of_sparse_images_have_dead_leaves_behind_their_patches(
     tiny: Callable[..., Model], images_for: Images, left_half: torch.Tensor
 ) -> None:
-    """Sharp, they are the image or its mirror image, and so are the patches that are kept."""
+    kept, left_out = torch.tensor([255, 0, 255]), torch.tensor([0, 255, 0])
     part = images_for(3, left_half)
+    part.images[..., :16] = kept.view(3, 1, 1)
+    part.images[..., 16:] = left_out.view(3, 1, 1)
     pool = Pool(View(tiny(), torch.float32), 0, windows=8)
     pool.add(part)
-    sides = set()
-    for numbers, images, masks in pool.batches(torch.tensor([n for n in range(27) if n % 9 % 2 == 1])):
+
+    def share(image: torch.Tensor, colour: torch.Tensor) -> float:
+        return float((image == colour.view(3, 1, 1)).all(0).float().mean())
+
+    windows, edges, grounds = 0, set[bool](), set[bytes]()
+    for numbers, images, masks in pool.batches(torch.arange(27)):
         for number, image, mask in zip(numbers.tolist(), images, masks, strict=True):
-            whole = part.images[number // 9]
-            mirrored = bool(mask[:, 3].all())
-            sides.add(mirrored)
-            assert torch.equal(mask, left_half[0].flip(-1) if mirrored else left_half[0])
-            assert torch.equal(image, whole.flip(-1) if mirrored else whole)
-    assert sides == {False, True}
+            if number % 9 == 0:
+                assert torch.equal(image, part.images[number // 9])
+                assert torch.equal(mask, left_half[0])
+                continue
+            windows += 1
+            assert bool(mask.all())
+            assert share(image, left_out) == 0.0
+            if number % 9 % 2 == 1:  # A sharp one.
+                assert share(image, kept) < 1.0
+                edges |= {bool(share(image[..., column, None], kept) > 0.5) for column in (0, -1)}
+                ground = image[:, (image != kept.view(3, 1, 1)).any(0)]
+                grounds.add(ground.numpy().tobytes())
+                assert ground.float().std() > 1.0
+    assert windows == 24
+    assert edges == {False, True}  # The patches are not always in the same place.
+    assert len(grounds) == 12
 
 
 def test_every_other_window_is_seen_at_a_lower_resolution(tiny: Callable[..., Model], images_for: Images) -> None:
