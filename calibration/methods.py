@@ -45,7 +45,7 @@ _PSAQ = Objective({"cross_entropy": 1.0, "patch_similarity_entropy": 1.0, "bound
 _APA = Objective({"cross_entropy": 1.0, "attention_prior": 0.1, "bounded_variation": 0.05})
 _GENTLE = Settings(iterations=200, enough=1.0, learning_rate=0.02)
 _WAVES = Settings(
-    iterations=40, learning_rate=0.4, betas=(0.9, 0.999), augment=RollAndFlip(0.0, smallest=0.7), waves=1.5, noise=0.2
+    iterations=100, learning_rate=0.4, betas=(0.9, 0.999), augment=RollAndFlip(0.0, smallest=0.7), waves=1.5, noise=0.4
 )
 
 METHODS: dict[str, Method] = {

@@ -31,6 +31,7 @@ from calibration.files import (
 from calibration.making import batch_generator
 from calibration.passes import resolve_precision
 from calibration.team import team
+from calibration.tokens import PatchGrid
 from dfq.checkpoint import load, save
 from dfq.datasets import image_folder
 from dfq.errors import DfqError, UsageError
@@ -38,6 +39,7 @@ from dfq.evaluation import evaluate
 from dfq.generation import batches, describe_run
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
+from dfq.support import check_invertible
 from dfq.transfer.curve import write_curve
 from dfq.transfer.pool import Pool, View
 from dfq.transfer.record import LOG, STATE, Round, StateFile, rounds_of, write_log
@@ -53,6 +55,8 @@ MANIFEST = "distillation.json"
 WEIGHTS = "student.safetensors"
 QUANTIZED = "student"
 POOL = "pool"
+FURTHER = "student-"
+"""What the folder of a method's pool begins with where another network than the teacher made it."""
 CURVE = "curve.svg"
 
 DEFAULT_METHODS = ("natural", "waves")
@@ -117,6 +121,7 @@ def distill(
     num_images: int = 32,
     training: Training | None = None,
     plan: Plan | Sequence[Plan] | None = None,
+    also_invert: Model | None = None,
     calibration: Images | Sequence[Images] | None = None,
     data: Dataset[Any] | str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -130,8 +135,9 @@ def distill(
     classifier is then fitted to what the teacher makes of all of the pool, in closed form; or, as `training` says, the
     student takes `training.steps` steps on images drawn from it, towards the teacher's distribution over the classes
     (SMI, ICML 2024, section 4.3). method, num_images, seed: as of `generate`; plan: instead, everything about the
-    images of one round, of each method. calibration: a pool that was made before, the folder of one, or several; every
-    round draws from all of it.
+    images of one round, of each method. also_invert: a network with classes of its own, of which as many images are
+    made in the same ways and join the pool: the student as it was pretrained. calibration: a pool that was made before,
+    the folder of one, or several; every round draws from all of it.
 
     student: of `load_student`, or a quantized model of the teacher, whose integers and scales are then tuned from end
     to end. Sparse images are shown as their kept patches to a VisionTransformer with the same grid of patches, to any
@@ -160,24 +166,36 @@ def distill(
             f"the student {student.name} has {student.num_classes} classes and the teacher {teacher.name} "
             f"{teacher.num_classes}: load_student gives it a classifier that fits"
         )
-    plans: list[Plan] = []
+    sources: list[_Source] = []
     given: list[CalibrationSet] = []
     images: list[dict[str, Any]]
     if calibration is None:
         plans = [_of_all_rounds(each, rounds) for each in _plans(method, num_images, seed, plan)]
-        for each in plans:
-            check_method(teacher.module, each)
-        images = [describe_run(teacher, each) for each in plans]
+        sources = [_Source(teacher, each, each.name) for each in plans]
+        if also_invert is not None:
+            # Of a seed of their own: the same starts twice would be less to learn from.
+            further = [replace(each, seed=each.seed + 1) for each in plans]
+            sources += [_Source(also_invert, each, FURTHER + each.name) for each in further]
+            _check_further(also_invert, teacher, plans)
+        for source in sources:
+            check_method(source.model.module, source.plan)
+        images = [describe_run(source.model, source.plan) for source in sources]
+    elif also_invert is not None:
+        raise UsageError("with pools that are given no images are made: leave also_invert out")
     else:
         several = [calibration] if isinstance(calibration, CalibrationSet | Path | str) else calibration
         given = [each if isinstance(each, CalibrationSet) else load_calibration_set(each) for each in several]
         _check_sizes(teacher, given)
         images = [each.run | {"count": len(each)} for each in given]
+        given = _on_one_grid(given)
     run = {
         "teacher": teacher.origin.to_dict() | {"fingerprint": fingerprint(teacher.module)},
         "student": student.origin.to_dict() | {"fingerprint": fingerprint(student.module), "bits": student.bits},
         "preprocessing": [network.preprocessing.to_dict() for network in (teacher, student)],
         "images": images,
+        "also inverted": None
+        if also_invert is None
+        else also_invert.origin.to_dict() | {"fingerprint": fingerprint(also_invert.module)},
         "training": how.to_dict(),
         "rounds": rounds,
         "seed": seed,
@@ -192,16 +210,16 @@ def distill(
             log.info("%s already holds this student; nothing to do", folder.path)
             return found
         parts = iter([given])
-        if plans:
-            pools = [None if folder is None else folder.path / POOL / each.name for each in plans]
+        if sources:
+            pools = [None if folder is None else folder.path / POOL / source.pool for source in sources]
             parts = _round_by_round(
                 [
-                    batches(teacher, each, held, out=pool, overwrite=overwrite, progress=progress)
-                    for each, pool in zip(plans, pools, strict=True)
+                    batches(source.model, source.plan, held, out=pool, overwrite=overwrite, progress=progress)
+                    for source, pool in zip(sources, pools, strict=True)
                 ]
             )
         if folder is not None:
-            team().lead(lambda: folder.begin({each.name for each in plans}))
+            team().lead(lambda: folder.begin({source.pool for source in sources}))
         teach = _Teaching(teacher, student, how, rounds, seed, measured)
         done, teacher_top1 = teach.run(parts, None if folder is None else folder.state)
         result = Distillation(student, teacher.name, tuple(done), teacher_top1)
@@ -222,10 +240,47 @@ def _plans(method: str | Sequence[str], num_images: int, seed: int, plan: Plan |
     return found
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Images of all rounds: of which network, how, and the folder of their pool."""
+
+    model: Model
+    plan: Plan
+    pool: str
+
+
+def _check_further(further: Model, teacher: Model, plans: Sequence[Plan]) -> None:
+    """Raise DfqError where the teacher cannot be shown what is made of another network."""
+    size, wanted = further.preprocessing.image_size, teacher.preprocessing.image_size
+    if size != wanted:
+        raise DfqError(
+            f"{further.name} makes images of {size[0]}x{size[1]}, and {teacher.name} takes {wanted[0]}x{wanted[1]}"
+        )
+    check_invertible(further.name, further.module)
+    if PatchGrid.of(further.module) == PatchGrid.of(teacher.module):
+        return
+    for plan in plans:
+        schedule = plan.composed.schedule
+        if schedule is not None and schedule.decisions(plan.composed.settings.iterations):
+            raise DfqError(
+                f"{further.name} and {teacher.name} have patches of different sizes: {plan.name} makes sparse images, "
+                "which are for one of them; choose a dense method"
+            )
+
+
 def _round_by_round(sources: Sequence[Iterator[CalibrationSet]]) -> Iterator[list[CalibrationSet]]:
     """What all make for one round after the other, until none has any left."""
     while parts := [part for source in sources if (part := next(source, None)) is not None]:
-        yield parts
+        yield _on_one_grid(parts)
+
+
+def _on_one_grid(parts: list[CalibrationSet]) -> list[CalibrationSet]:
+    """The same with all masks in the patches of the sparse ones, or of the first: of a whole image any are."""
+    wanted = next((part for part in parts if part.is_sparse), parts[0]).mask.shape[1:]
+    whole = torch.ones(1, *wanted, dtype=torch.bool)
+    return [
+        part if part.mask.shape[1:] == wanted else replace(part, mask=whole.expand(len(part), -1, -1)) for part in parts
+    ]
 
 
 def _of_all_rounds(plan: Plan, rounds: int) -> Plan:
@@ -245,8 +300,8 @@ def _check_sizes(teacher: Model, pools: Sequence[CalibrationSet]) -> None:
                 f"the pool holds images of {size[0]}x{size[1]}, and {teacher.name} takes {wanted[0]}x{wanted[1]}: "
                 "generate one for this teacher"
             )
-    if len({pool.mask.shape[1:] for pool in pools}) > 1:
-        raise DfqError("the pools count patches of different sizes: generate them for one teacher")
+    if len({pool.mask.shape[1:] for pool in pools if pool.is_sparse}) > 1:
+        raise DfqError("the sparse pools have patches of different sizes: generate them for one teacher")
 
 
 def _labelled(
@@ -303,8 +358,8 @@ class _Folder:
         write_json(path, fresh)
         return fresh
 
-    def begin(self, methods: Collection[str]) -> None:
-        """Delete another run that is to be replaced; what can be refused has been. methods: whose pools are this run's.
+    def begin(self, kept: Collection[str]) -> None:
+        """Delete another run that is to be replaced; what can be refused has been. kept: pools that are this run's.
 
         Raises DfqError where something cannot be deleted.
         """
@@ -313,8 +368,8 @@ class _Folder:
         for name in (STATE, WEIGHTS, LOG, CURVE):
             remove_file(self.path / name)
         pools = self.path / POOL
-        for pool in (pools, *(pools / name for name in METHODS)):
-            if pool.name not in methods and pool.is_dir():
+        for pool in (pools, *(pools / name for name in METHODS), *(pools / (FURTHER + name) for name in METHODS)):
+            if pool.name not in kept and pool.is_dir():
                 remove_set(pool)
                 with suppress(OSError):
                     pool.rmdir()

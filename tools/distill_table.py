@@ -8,7 +8,8 @@ accuracy after every round. Lines that are there are not made again, and a trans
 and pools lie beside --results. `natural+waves` shares the images of a round between two methods, `smi@200` runs so many
 iterations. `real` draws on --real-images instead of making any, photographs of the task, and `others` on
 --other-images, photographs of anything else: ceilings. --fits also teaches students in other ways, from pools that are
-there. --markdown prints the table of all lines; --write FILE.md puts it into a page, between
+there. With `both:` in front of a method half of the images are made of the student as it was pretrained, of its own
+classes. --markdown prints the table of all lines; --write FILE.md puts it into a page, between
 `<!-- students: RESULTS.jsonl -->` and `<!-- end -->`. One machine, nothing else running: the seconds are measured.
 """
 
@@ -28,6 +29,7 @@ from calibration import Plan
 
 KEY = ("teacher", "student", "method", "seed", "rounds", "round_images", "fit")
 METHODS = ["natural+waves", "waves", "natural", "leaves", "dense", "smi", "pri", "gaussian"]
+BOTH = "both:"
 DEFAULT_FIT = "ridge"
 FITS = {
     DEFAULT_FIT: dfq.Training(optimizer="ridge"),
@@ -65,15 +67,19 @@ def main() -> None:
                 # They have nothing in common that photographs do not have.
                 training = replace(training, level="pool")
             elif fit != DEFAULT_FIT:
-                calibration = [dfq.load_calibration_set(out / "pool" / plan.name) for plan in plans]
+                calibration = [dfq.load_calibration_set(pool) for pool in sorted((out / "pool").iterdir())]
             student = dfq.load_student(
                 student_name, teacher, checkpoint=student_weights or None, fresh_classifier=True, seed=seed
             )
+            pretrained = None
+            if method.startswith(BOTH):
+                pretrained = dfq.load_model(student_name, checkpoint=student_weights or None)
             result = dfq.distill(
                 teacher,
                 student,
                 rounds=arguments.rounds,
                 plan=plans or None,
+                also_invert=pretrained if calibration is None else None,
                 training=training,
                 calibration=calibration,
                 data=arguments.images,
@@ -87,9 +93,9 @@ def main() -> None:
 
 
 def plans_of(method: str, round_images: int, seed: int) -> list[Plan]:
-    """Of one round: each part of `method` makes an equal share of its images."""
-    parts = [part.partition("@") for part in method.split("+")]
-    count = round_images // len(parts)
+    """Of one round: each part of `method` makes an equal share of its images, of each network."""
+    parts = [part.partition("@") for part in method.removeprefix(BOTH).split("+")]
+    count = round_images // len(parts) // (2 if method.startswith(BOTH) else 1)
     return [
         Plan(name, count, int(iterations) if iterations else None, count, seed, "auto") for name, _, iterations in parts
     ]

@@ -24,6 +24,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--student-checkpoint", type=Path, metavar="FILE", help="its weights (default: timm's pretrained ones)"
     )
     weights.add_argument("--student-random-weights", action="store_true", help="it starts from scratch")
+    group.add_argument(
+        "--invert-student",
+        action="store_true",
+        help="by each method make as many images of it too, of the classes that it was pretrained on",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--train",
@@ -93,6 +98,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import dfq
+    from dfq.architectures import REFERENCE
     from dfq.checkpoint import is_quantized_model
     from dfq.errors import UsageError
     from dfq.transfer.student import load_student
@@ -118,6 +124,8 @@ def run(arguments: argparse.Namespace) -> None:
     plans = [plan_of(arguments, method) for method in arguments.method]
     if quantized and (arguments.student_checkpoint or arguments.student_random_weights):
         raise UsageError(f"{arguments.student} is a quantized model and has its weights; leave out those for it")
+    if arguments.invert_student and (quantized or arguments.student_random_weights):
+        raise UsageError("--invert-student is for a student that was pretrained on classes of its own")
     teacher = model_of(arguments)
     student: Any
     if quantized:
@@ -131,10 +139,19 @@ def run(arguments: argparse.Namespace) -> None:
             fresh_classifier=training.part == "linear",
             seed=arguments.seed,
         )
+    pretrained = None
+    if arguments.invert_student:
+        pretrained = dfq.load_model(
+            arguments.student,
+            checkpoint=arguments.student_checkpoint,
+            image_size=None if arguments.student == REFERENCE else teacher.preprocessing.image_size[0],
+            device=teacher.device,
+        )
     result = dfq.distill(
         teacher,
         student,
         plan=plans,
+        also_invert=pretrained,
         rounds=arguments.rounds,
         training=training,
         calibration=arguments.calibration,

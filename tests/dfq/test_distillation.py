@@ -122,6 +122,62 @@ def test_several_methods_have_a_pool_each(reference: Model, student: Model, tmp_
         run(reference, student, calibration=[])
 
 
+def test_images_of_another_network_join_the_pool(tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """Of its own classes, in the same ways, as many; the teacher is asked about them."""
+    teacher, other = tiny(num_classes=3), tiny(num_classes=40, seed=1)
+    plan = Plan("natural", 8, 2, 8, 0, "fp32")
+
+    def taught(plan: Plan, further: Model | None, **changes: Any) -> dfq.Distillation:
+        student = load_student("vit_tiny_patch16_224", teacher, random_weights=True, fresh_classifier=True)
+        return run(teacher, student, plan=plan, also_invert=further, rounds=2, out=tmp_path, **changes)
+
+    result = taught(plan, other)
+    assert [entry.images for entry in result.rounds] == [16, 32]
+    pools = [dfq.load_calibration_set(tmp_path / "pool" / name) for name in ("natural", "student-natural")]
+    assert [len(pool) for pool in pools] == [16, 16]
+    labels = [pool.labels for pool in pools]
+    assert labels[0] is not None
+    assert labels[1] is not None
+    assert labels[0].max() < 3 < labels[1].max() < 40
+    # From starts of their own.
+    assert not torch.equal(pools[0].images, pools[1].images)
+    assert taught(plan, other).rounds == result.rounds
+    # Another network is another run, and one that replaces it takes its pools along.
+    with pytest.raises(DfqError, match="holds a transfer of another run"):
+        taught(plan, tiny(num_classes=40, seed=2))
+    taught(replace(plan, method="leaves", iterations=None), None, overwrite=True)
+    assert [path.name for path in (tmp_path / "pool").iterdir()] == ["leaves"]
+
+
+def test_a_network_of_other_patches_makes_dense_images_for_the_teacher(
+    tiny: Callable[..., Model], student: Model
+) -> None:
+    teacher, other = tiny(num_classes=10), tiny(patch_size=16, seed=1)
+    plan = Plan("natural", 4, 2, 4, 0, "fp32")
+    assert run(teacher, tiny(num_classes=10), plan=plan, also_invert=other, rounds=2).rounds[-1].images == 16
+    with pytest.raises(DfqError, match="patches of different sizes: smi makes sparse images"):
+        run(teacher, tiny(num_classes=10), plan=Plan("smi", 4, 20, 4, 0, "fp32"), also_invert=other)
+    large = tiny(img_size=64)
+    large.preprocessing = replace(large.preprocessing, image_size=(64, 64))
+    with pytest.raises(DfqError, match="tiny makes images of 64x64, and tiny takes 32x32"):
+        run(teacher, tiny(num_classes=10), plan=plan, also_invert=large)
+    with pytest.raises(UsageError, match="no images are made: leave also_invert out"):
+        run(teacher, tiny(num_classes=10), also_invert=other, calibration=[dfq.generate(teacher, "leaves", 2)])
+
+
+def test_dense_pools_of_any_patches_and_sparse_ones_of_one_size(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    teacher = tiny(num_classes=10)
+    half = torch.zeros(5, 4, 4, dtype=torch.bool)
+    half[:, :2] = True
+    sparse, coarse = images_for(5, half), images_for(5, torch.ones(5, 2, 2, dtype=torch.bool))
+    assert run(teacher, tiny(num_classes=10), calibration=[coarse, sparse], rounds=1).rounds[-1].images == 10
+    finer = images_for(5, half.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    with pytest.raises(DfqError, match="the sparse pools have patches of different sizes"):
+        run(teacher, tiny(num_classes=10), calibration=[finer, sparse])
+
+
 def test_without_labelled_images_no_accuracy_is_claimed(reference: Model, student: Model) -> None:
     result = run(reference, student, training=Training(optimizer="sgd", steps=100, batch_size=16, learning_rate=0.1))
     assert (result.top1, result.teacher_top1) == (None, None)

@@ -24,6 +24,8 @@ def test_methods_share_a_round_and_may_have_iterations_of_their_own(tool: Any) -
         ("waves", 10, 100, 3),
         ("smi", 10, None, 3),
     ]
+    # As many again are made of the student.
+    assert [plan.num_images for plan in tool.plans_of("both:waves", 20, 3)] == [10]
 
 
 def test_photographs_take_the_place_of_images(
@@ -48,13 +50,13 @@ def test_photographs_take_the_place_of_images(
 def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results.jsonl"
     arguments = ["--teacher", "reference", "--student", "reference", "--images", digits, "--results", results]
-    arguments += ["--methods", "gaussian+leaves", "leaves", "--seeds", 0, "--rounds", 2, "--round-images", 8]
+    arguments += ["--methods", "gaussian+leaves", "both:leaves", "--seeds", 0, "--rounds", 2, "--round-images", 8]
     arguments += ["--fits", "ridge, no windows", "sgd, temperature 20"]
     monkeypatch.setattr(sys, "argv", ["distill_table.py", *map(str, arguments)])
     tool.main()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     fits = ["ridge", "ridge, no windows", "sgd, temperature 20"]
-    assert [line["method"] for line in lines] == ["gaussian+leaves"] * 3 + ["leaves"] * 3
+    assert [line["method"] for line in lines] == ["gaussian+leaves"] * 3 + ["both:leaves"] * 3
     assert [line["fit"] for line in lines] == fits * 2
     for line in lines:
         # The other fits have the whole pool from the first round on.
@@ -69,7 +71,7 @@ def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatc
     page.write_text("<!-- students: results.jsonl -->\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["distill_table.py", "--results", str(results), "--write", str(page)])
     tool.main()
-    assert "| `leaves` |" in page.read_text()
+    assert "| `both:leaves` |" in page.read_text()
 
 
 def made(method: str, seed: int, *rounds: tuple[int, float, float], fit: str = "ridge") -> dict[str, Any]:

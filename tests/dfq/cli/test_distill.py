@@ -82,6 +82,20 @@ def test_several_methods_and_a_classifier_in_closed_form(status: Callable[..., i
     assert one["images"] == other["images"] == 40
 
 
+def test_the_student_is_inverted_too(
+    status: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--method", "natural", "--iterations", 2, "--invert-student", *QUICK, "--quiet")
+    assert status("distill", "reference", "reference", *options, "--out", tmp_path / "one") == 0
+    assert sorted(path.name for path in (tmp_path / "one" / "pool").iterdir()) == ["natural", "student-natural"]
+    row = json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[-1])
+    assert row["images"] == 40
+    options = (*options, "--student-random-weights")
+    assert status("distill", "reference", "reference", *options, "--out", tmp_path / "two") == 2
+    assert "--invert-student is for a student that was pretrained" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
 def test_a_quantized_model_is_tuned_on_a_set(status: Callable[..., int], tmp_path: Path) -> None:
     images, quantized, out = tmp_path / "images", tmp_path / "quantized", tmp_path / "tuned"
     assert status("generate", "reference", "--method", "leaves", "-n", 8, "--out", images, "--quiet") == 0
