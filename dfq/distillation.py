@@ -59,8 +59,8 @@ FURTHER = "student-"
 """What the folder of a method's pool begins with where another network than the teacher made it."""
 CURVE = "curve.svg"
 
-DEFAULT_METHODS = ("natural", "waves")
-"""What one kind of images has in common, another has not: two teach more than one."""
+DEFAULT_METHOD = "waves"
+"""Of all whose images a second network learns the most from, for as many and for as much time."""
 
 Images = CalibrationSet | Path | str
 
@@ -115,7 +115,7 @@ class Distillation:
 def distill(
     teacher: Model,
     student: Model | QuantizedModel,
-    method: str | Sequence[str] = DEFAULT_METHODS,
+    method: str | Sequence[str] = DEFAULT_METHOD,
     *,
     rounds: int = 10,
     num_images: int = 32,

@@ -30,6 +30,9 @@ from calibration import Plan
 KEY = ("teacher", "student", "method", "seed", "rounds", "round_images", "fit")
 METHODS = ["natural+waves", "waves", "natural", "leaves", "dense", "smi", "pri", "gaussian"]
 BOTH = "both:"
+TIMES = (75, 150)
+"""Seconds after which students are compared."""
+
 DEFAULT_FIT = "ridge"
 FITS = {
     DEFAULT_FIT: dfq.Training(optimizer="ridge"),
@@ -115,30 +118,23 @@ def seconds_of(rounds: list[dict[str, Any]]) -> float:
     return float(sum(entry["generating_seconds"] + entry["training_seconds"] for entry in rounds))
 
 
-def generating(rounds: list[dict[str, Any]]) -> float:
-    return float(sum(entry["generating_seconds"] for entry in rounds))
-
-
 def to_markdown(lines: list[dict[str, Any]]) -> str:
-    """Tables: a row for each method, with columns at two numbers of images and at the time of the quickest inversion;
-    and where students were taught in other ways too, a row for each."""
+    """Tables: a row for each method, with columns at two numbers of images and after `TIMES`; and where students were
+    taught in other ways too, a row for each."""
     usual = [line for line in lines if line["fit"] == DEFAULT_FIT] or lines
     methods = list(dict.fromkeys(line["method"] for line in usual))
     runs = {method: [line["result"]["rounds"] for line in usual if line["method"] == method] for method in methods}
-    # Sources without inversion take no time worth comparing.
-    inverted = [seconds_of(rounds) for found in runs.values() for rounds in found if generating(rounds) > _QUICK]
-    budget = min(inverted, default=0.0)
     last = usual[0]["result"]["images"]
     # A pool that is whole from the first round on has no half.
     half = min(rounds[(len(rounds) - 1) // 2]["images"] for found in runs.values() for rounds in found)
-    head = f"| images by | {half} images | {last} images | seconds for {last} | after {budget:.0f} s |"
-    text = [head, "|---" * 5 + "|"]
+    head = ["images by", f"{half} images", f"{last} images", f"seconds for {last}", *(f"after {t} s" for t in TIMES)]
+    text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, found in runs.items():
         at_half = [entry["top1"] for rounds in found for entry in rounds if entry["images"] == half]
         whole = [rounds[-1]["top1"] for rounds in found]
-        timed = [after(rounds, budget) for rounds in found]
         cells = [_over_seeds(at_half), _over_seeds(whole), f"{mean(seconds_of(rounds) for rounds in found):.0f}"]
-        text.append(f"| {' | '.join([f'`{method}`', *cells, _over_seeds(timed)])} |")
+        cells += [_over_seeds([after(rounds, seconds) for rounds in found]) for seconds in TIMES]
+        text.append(f"| {' | '.join([f'`{method}`', *cells])} |")
     others = {line["method"]: None for line in lines if line["fit"] != DEFAULT_FIT}
     for method in others if len(usual) < len(lines) else ():
         text += ["", f"| taught on {last} images by `{method}` | |", "|---|---|"]
@@ -157,12 +153,10 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-_QUICK = 30.0
-
-
 def _over_seeds(values: list[float | None]) -> str:
+    """A dash where a seed has none: a mean of the others would be of other seeds than its neighbours."""
     found = [value for value in values if value is not None]
-    if not found:
+    if len(found) < max(1, len(values)):
         return "-"
     spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
     return f"{mean(found):.1f}{spread}"

@@ -92,7 +92,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="labelled, one folder per class, to measure teacher and student on"
     )
-    add_image_options(parser, num_images=32, trace=False, methods=("natural", "waves"))
+    add_image_options(parser, num_images=32, trace=False, methods=("waves",))
     add_output_options(parser, "folder for the student, the pool, log and curve; one that was begun is continued")
 
 

@@ -103,11 +103,11 @@ def test_equal_images_and_equal_time(tool: Any) -> None:
         ]
     )
     rows = text.splitlines()
-    assert rows[0] == "| images by | 10 images | 20 images | seconds for 20 | after 100 s |"
-    assert rows[2] == "| `slow` | 42.0 (40.0 to 44.0) | 55.0 (50.0 to 60.0) | 190 | 42.0 (40.0 to 44.0) |"
-    assert rows[3] == "| `quick` | 30.0 | 35.0 | 100 | 35.0 |"
-    assert rows[4] == "| `none` | 10.0 | 12.0 | 4 | 12.0 |"
-    assert rows[5] == "| `real` | - | 63.0 | 4 | 63.0 |"
+    assert rows[0] == "| images by | 10 images | 20 images | seconds for 20 | after 75 s | after 150 s |"
+    assert rows[2] == "| `slow` | 42.0 (40.0 to 44.0) | 55.0 (50.0 to 60.0) | 190 | - | 42.0 (40.0 to 44.0) |"
+    assert rows[3] == "| `quick` | 30.0 | 35.0 | 100 | 30.0 | 35.0 |"
+    assert rows[4] == "| `none` | 10.0 | 12.0 | 4 | 12.0 | 12.0 |"
+    assert rows[5] == "| `real` | - | 63.0 | 4 | 63.0 | 63.0 |"
     assert "that has 80.0; the mean over seeds 0, 1, in brackets" in text
     assert "that has 80.0; seed 0. abacus" in tool.to_markdown([made("quick", 0, (10, 40.0, 30.0))])
 
