@@ -181,7 +181,7 @@ def distill(
             check_method(source.model.module, source.plan)
         images = [describe_run(source.model, source.plan) for source in sources]
     elif also_invert is not None:
-        raise UsageError("with pools that are given no images are made: leave also_invert out")
+        raise UsageError("with pools that are given no images are made: leave --invert-student (also_invert) out")
     else:
         several = [calibration] if isinstance(calibration, CalibrationSet | Path | str) else calibration
         given = [each if isinstance(each, CalibrationSet) else load_calibration_set(each) for each in several]

@@ -161,7 +161,7 @@ def test_a_network_of_other_patches_makes_dense_images_for_the_teacher(
     large.preprocessing = replace(large.preprocessing, image_size=(64, 64))
     with pytest.raises(DfqError, match="tiny makes images of 64x64, and tiny takes 32x32"):
         run(teacher, tiny(num_classes=10), plan=plan, also_invert=large)
-    with pytest.raises(UsageError, match="no images are made: leave also_invert out"):
+    with pytest.raises(UsageError, match="no images are made: leave --invert-student"):
         run(teacher, tiny(num_classes=10), also_invert=other, calibration=[dfq.generate(teacher, "leaves", 2)])
 
 
