@@ -40,6 +40,11 @@ class Method:
     initial: str = "noise"
     soft_labels: bool = False
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether patches are left out on the way."""
+        return self.schedule is not None and bool(self.schedule.decisions(self.settings.iterations))
+
 
 _PSAQ = Objective({"cross_entropy": 1.0, "patch_similarity_entropy": 1.0, "bounded_variation": 0.05})
 _APA = Objective({"cross_entropy": 1.0, "attention_prior": 0.1, "bounded_variation": 0.05})
@@ -201,7 +206,7 @@ def check_method(vit: nn.Module, plan: Plan) -> None:
     if images > patches:
         raise DfqError(f"{patches} patches cannot be divided into {images} images")
     inversion.check_windows(method.objective, method.schedule, method.settings)
-    if method.schedule.decisions(method.settings.iterations):
+    if method.is_sparse:
         saliency_kind(vit)
     with capture(vit, method.objective.needs):
         pass

@@ -189,13 +189,11 @@ def distill(
         images = [each.run | {"count": len(each)} for each in given]
         given = _on_one_grid(given)
     run = {
-        "teacher": teacher.origin.to_dict() | {"fingerprint": fingerprint(teacher.module)},
-        "student": student.origin.to_dict() | {"fingerprint": fingerprint(student.module), "bits": student.bits},
+        "teacher": _identity(teacher),
+        "student": _identity(student) | {"bits": student.bits},
         "preprocessing": [network.preprocessing.to_dict() for network in (teacher, student)],
         "images": images,
-        "also inverted": None
-        if also_invert is None
-        else also_invert.origin.to_dict() | {"fingerprint": fingerprint(also_invert.module)},
+        "also inverted": None if also_invert is None else _identity(also_invert),
         "training": how.to_dict(),
         "rounds": rounds,
         "seed": seed,
@@ -226,6 +224,11 @@ def distill(
         if folder is not None:
             team().lead(lambda: folder.finish(result))
         return result
+
+
+def _identity(network: Model | QuantizedModel) -> dict[str, Any]:
+    """Which network, with which weights."""
+    return network.origin.to_dict() | {"fingerprint": fingerprint(network.module)}
 
 
 def _plans(method: str | Sequence[str], num_images: int, seed: int, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
@@ -260,8 +263,7 @@ def _check_further(further: Model, teacher: Model, plans: Sequence[Plan]) -> Non
     if PatchGrid.of(further.module) == PatchGrid.of(teacher.module):
         return
     for plan in plans:
-        schedule = plan.composed.schedule
-        if schedule is not None and schedule.decisions(plan.composed.settings.iterations):
+        if plan.composed.is_sparse:
             raise DfqError(
                 f"{further.name} and {teacher.name} have patches of different sizes: {plan.name} makes sparse images, "
                 "which are for one of them; choose a dense method"

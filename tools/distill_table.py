@@ -75,14 +75,14 @@ def main() -> None:
                 student_name, teacher, checkpoint=student_weights or None, fresh_classifier=True, seed=seed
             )
             pretrained = None
-            if method.startswith(BOTH):
+            if calibration is None and method.startswith(BOTH):
                 pretrained = dfq.load_model(student_name, checkpoint=student_weights or None)
             result = dfq.distill(
                 teacher,
                 student,
                 rounds=arguments.rounds,
                 plan=plans or None,
-                also_invert=pretrained if calibration is None else None,
+                also_invert=pretrained,
                 training=training,
                 calibration=calibration,
                 data=arguments.images,
