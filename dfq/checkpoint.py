@@ -25,7 +25,7 @@ from dfq.models import Origin, resolve_device
 from dfq.preprocessing import Preprocessing
 from dfq.ptq.engine import QuantizedModel, kept_state
 from dfq.ptq.fitting import place
-from dfq.ptq.modules import QuantizedLayer, Slotted, adapt
+from dfq.ptq.modules import PositionMean, QuantizedLayer, QuantizedLinear, Slotted, adapt
 from dfq.recipe import parse_bits, recipe_from_dict
 from dfq.versions import versions
 from quantizers import Quantizer
@@ -250,6 +250,8 @@ def restore(
         # Reparametrisation gives an offset to layers that the architecture has without one.
         if isinstance(layer, QuantizedLayer) and layer.bias is None and f"{path}.bias" in remaining:
             layer.bias = nn.Parameter(layer.weight.new_empty(len(layer.weight)), requires_grad=False)
+        if isinstance(layer, QuantizedLinear) and f"{path}.position_mean.positions" in remaining:
+            layer.position_mean = _position_mean(path, layer, remaining)
     # Before the quantizers take their places: the state dict knows only of the parameters.
     module.load_state_dict(remaining, strict=strict)
     for name, layer in layers.items():
@@ -266,13 +268,24 @@ def restore(
     return sites
 
 
+def _position_mean(path: str, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> PositionMean:
+    """The one kept at `path`. Raises KeyError or ValueError where it does not fit the layer."""
+    positions, taken, given = (tensors[f"{path}.position_mean.{name}"] for name in ("positions", "taken", "given"))
+    rank, wide = (positions.shape[-1] if positions.dim() else 0), layer.weight.shape
+    wanted = [(*positions.shape[:1], rank), (rank, wide[1]), (rank, wide[0])]
+    if [tuple(t.shape) for t in (positions, taken, given)] != wanted or not positions.is_floating_point():
+        raise ValueError(f"the means of positions of {path} do not fit it")
+    return PositionMean(positions, taken, given)
+
+
 def plain_state_dict(qmodel: QuantizedModel) -> dict[str, Tensor]:
     """The quantized model as timm knows it: weights in float32, dequantized, by the names of its own state dict.
 
     `timm.create_model(qmodel.origin.architecture, **qmodel.origin.arguments)` takes it. Activations are not quantized
     there: the outputs are those of the quantized model if it is one of `a16`, and near them if not.
 
-    Raises DfqError where the recipe moved an offset into a layer that the architecture has without one.
+    Raises DfqError where the recipe put what the architecture has no place for into a layer: an offset, or the means of
+    positions.
     """
     plain = kept_state(qmodel.module)
     for path, module in qmodel.module.named_modules():
@@ -286,8 +299,8 @@ def plain_state_dict(qmodel: QuantizedModel) -> dict[str, Tensor]:
     surplus = sorted(plain.keys() - wanted.keys())
     if surplus:
         raise DfqError(
-            f"{qmodel.origin.architecture} has no place for {surplus[0]}: recipe {qmodel.recipe.name} moved an offset "
-            "there; quantize with a recipe that neither rotates nor reparametrizes"
+            f"{qmodel.origin.architecture} has no place for {surplus[0]}, which recipe {qmodel.recipe.name} put there; "
+            "quantize with a recipe that neither rotates nor reparametrizes, and without position_rank"
         )
     return {name: plain[name].detach().to(wanted[name].dtype) for name in wanted}
 

@@ -138,12 +138,15 @@ class StandardLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.input, self.output, self.bias = layer.input, layer.output, layer.bias
+        self.position_mean = layer.position_mean
         self.weight = _weight(layer, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        y = self.input(x) @ self.weight()
-        out: Tensor = self.output(y if self.bias is None else y + self.bias)
+        mean = self.position_mean
+        y = self.input(x if mean is None else x - mean.common()) @ self.weight()
+        y = y if self.bias is None else y + self.bias
+        out: Tensor = self.output(y if mean is None else y + mean.product())
         return out
 
 

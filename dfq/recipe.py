@@ -84,7 +84,9 @@ class SiteSettings:
     outliers: channels whose largest magnitude is more than so many times the median channel's stay apart, at 8 bits;
     gradient: where a linear's input has its range searched by squared error, each token also counts by the layer's
     squared output gradient to this power, 0: gradients are not looked at; dynamic_up_to: of so many bits and fewer, a
-    uniform activation that keeps no range per channel has one of each token's own, found when the model runs.
+    uniform activation that keeps no range per channel has one of each token's own, found when the model runs;
+    position_rank: of the mean over images at each position, a part of this rank at most is kept from rounding there
+    (`dfq.ptq.positions`), 0: none.
     """
 
     quantize: bool = True
@@ -99,6 +101,7 @@ class SiteSettings:
     outliers: float | None = None
     gradient: float = 0.0
     dynamic_up_to: int | None = None
+    position_rank: int = 0
 
     @property
     def needs_values(self) -> bool:
@@ -109,6 +112,10 @@ class SiteSettings:
     def needs_importance(self) -> bool:
         """Whether finding the range of a weight takes the mean square of the layer's input."""
         return self.range == "output_mse"
+
+    def is_dynamic(self, bits: int) -> bool:
+        """Whether at so many bits each token is to have a range of its own."""
+        return self.dynamic_up_to is not None and bits <= self.dynamic_up_to
 
     def build(self, bits: int, *, is_weight: bool) -> list[Quantizer]:
         """Unfitted quantizers, of which the one with the least error is to be taken.
@@ -127,6 +134,8 @@ class SiteSettings:
             )
         if self.gradient and is_weight:
             raise ValueError("gradient is for activations, not for weights")
+        if self.position_rank and self.dynamic_up_to is None:
+            raise ValueError("position_rank is for ranges per token: it needs dynamic_up_to")
         if self.dynamic_up_to is not None:
             self._check_dynamic(is_weight=is_weight)
         if self.base is not None and self.quantizer != "log":
@@ -163,7 +172,7 @@ class SiteSettings:
         parameters = {} if self.percent is None else {"percent": self.percent}
         if self.range in (("token_mse", "probability_mse") if is_weight else ("output_mse",)):
             raise ValueError(f"range {self.range!r} is not for {'weights' if is_weight else 'activations'}")
-        if self.dynamic_up_to is not None and bits <= self.dynamic_up_to and self.granularity != "channel":
+        if self.is_dynamic(bits) and self.granularity != "channel":
             return DynamicQuantizer(bits, symmetric=self.symmetric, searched=self.range != "minmax")
         # The weighted searches are the plain one, told how much each error counts.
         plain = "mse" if self.range.endswith("_mse") else self.range
@@ -385,6 +394,7 @@ def _algorithm(kind: type[Any], table: dict[str, Any] | None, where: str) -> Any
 # What a number may be: the lowest and the highest; whole numbers where both are.
 _RANGES: dict[str, tuple[float, float]] = {
     "outliers": (1.0, 1e6),
+    "position_rank": (0, 64),
     "num_images": (1, 2**20),
     "rounds": (1, 10),
     "images": (1, 1024),

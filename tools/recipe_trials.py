@@ -73,10 +73,21 @@ def ranges_per_token_always(recipe: Recipe) -> Recipe:
     return replace(recipe, sites=sites)
 
 
+def means_of_positions_apart(recipe: Recipe) -> Recipe:
+    """Where tokens have ranges of their own behind a layer norm."""
+    sites = {
+        pattern: changes | ({"position_rank": 8} if pattern.endswith(("qkv.input", "fc1.input")) else {})
+        for pattern, changes in recipe.sites.items()
+    }
+    return replace(recipe, sites=sites)
+
+
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     AS_IT_IS: lambda recipe: recipe,
     "static ranges": recipe_parts.no_ranges_per_token,
     "ranges per token at 8 bits too": ranges_per_token_always,
+    "means of positions apart": means_of_positions_apart,
+    "means of positions apart, four times the steps": lambda recipe: steps(means_of_positions_apart(recipe), 4),
     "tokens alike where ranges are found": recipe_parts.no_tokens_by_gradient,
     "tokens alike in tuning": lambda recipe: tuned(recipe, gradient=0.0),
     "no stretching": recipe_parts.no_stretching,

@@ -127,6 +127,32 @@ class InputImportance:
         return self._sum / self._count
 
 
+class MeanOverImages:
+    """The mean over the images of all batches, which have the same shape, in fp64, and the energy of one image."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._squares = 0.0
+        self._images = 0
+
+    def add(self, x: Tensor) -> None:
+        exact = x.double()
+        total = exact.sum(0)
+        self._sum = total if self._sum is None else self._sum + total
+        self._squares += float(exact.square().sum())
+        self._images += len(x)
+
+    def values(self) -> Tensor:
+        """Of x [B, ...]: [...]."""
+        if self._sum is None:
+            raise RuntimeError("no activation passed this site")
+        return self._sum / self._images
+
+    def energy(self) -> float:
+        """The sum of all squares of an image, in the mean."""
+        return self._squares / max(1, self._images)
+
+
 def token_importance(x: Tensor) -> Tensor:
     """x: [..., C] -> [..., 1]: how much a squared error in each token counts, its root mean square to the power -3/2.
 
@@ -138,7 +164,7 @@ def token_importance(x: Tensor) -> Tensor:
     return squares.clamp(min=torch.finfo(squares.dtype).tiny).pow(-0.75)
 
 
-Recorder = Extremes | Sample | InputImportance
+Recorder = Extremes | Sample | InputImportance | MeanOverImages
 
 
 @contextmanager

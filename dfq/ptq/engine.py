@@ -20,6 +20,7 @@ from dfq.progress import progress_bar
 from dfq.ptq.fitting import fit_sites, move_ranges, observe_apart, place_sites
 from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
+from dfq.ptq.positions import set_positions_apart
 from dfq.ptq.products import search_stage
 from dfq.ptq.reconstruct import Reconstructor
 from dfq.ptq.rotate import rotate
@@ -107,7 +108,8 @@ def quantize(
     Where the recipe says so, channels are rotated first (`rotate`), and the position embedding is rounded to float16
     (`prepare`). The network is then walked once, stage by stage (stem, each block, head), in full precision ("parallel"
     calibration, PTQ4ViT, section 3.3; on the kept patches only where the set is sparse). In each stage ranges per
-    channel are first moved where that costs nothing (`reparametrize`), then all ranges are found, by the error of each
+    channel are first moved where that costs nothing (`reparametrize`), and what positions have in common is kept from
+    rounding (`set_positions_apart`; not where the set is sparse). Then all ranges are found, by the error of each
     tensor and, where the recipe says so, by that of the products (`search_stage`); activations get their quantizers and
     weights their integers. What the recipe tunes by gradients is tuned afterwards (`reconstruct`).
 
@@ -124,6 +126,7 @@ def quantize(
     images = _calibration_images(model, calibration, chosen.num_images)
     batches = images.batches(batch_size, model.device)
 
+    whole = all(keep is None for _, keep in batches)
     dampings = () if chosen.compensation is None else chosen.compensation.damping
     gradients: dict[str, list[Tensor]] = {}
     powers = [part.gradient for part in (chosen.compensation, chosen.reconstruction) if part is not None]
@@ -159,6 +162,8 @@ def quantize(
             if chosen.stretch > 0 and stage.module is not None:
                 looked_at = stretched(inputs, chosen.stretch, stage.name)
             sites = move_ranges(module, stage, sites, chosen, looked_at, run, gradients)
+            if whole and stage.module is not None:
+                set_positions_apart(module, sites, inputs, run)
             seen = observe_apart(module, sites, chosen.compensation, inputs, looked_at, run, gradients)
             found = fit_sites(module, sites, seen)
             if chosen.range_search is not None:

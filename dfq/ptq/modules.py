@@ -49,12 +49,54 @@ class QuantizedLayer(nn.Module):
         self.weight = quantizer.dequantize(integers)
 
 
+class PositionMean(nn.Module):
+    """What each position has in common in all images, of what enters a linear: known beforehand, so never rounded.
+
+    A low rank of the mean over images is subtracted in front of the slot `input`, and what the exact weights make of it
+    is added to the product. Both are constants: only what differs from image to image passes the grid, and the errors
+    of rounded weights meet nothing else.
+
+    positions: [N, R]; taken: [R, in], their product is the mean; given: [R, out].
+    """
+
+    positions: Tensor
+    taken: Tensor
+    given: Tensor
+
+    def __init__(self, positions: Tensor, taken: Tensor, given: Tensor) -> None:
+        super().__init__()
+        for name, tensor in (("positions", positions), ("taken", taken), ("given", given)):
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def of(cls, positions: Tensor, taken: Tensor, weight: Tensor) -> PositionMean:
+        """In float16, with what `weight` [out, in] makes of `taken` as it is then."""
+        taken = taken.half()
+        return cls(positions.half(), taken, (taken.to(weight.dtype) @ weight.T).half())
+
+    def common(self) -> Tensor:
+        """[N, in], fp32."""
+        mean: Tensor = self.positions.float() @ self.taken.float()
+        return mean
+
+    def product(self) -> Tensor:
+        """What the exact weights make of it: [N, out], fp32."""
+        product: Tensor = self.positions.float() @ self.given.float()
+        return product
+
+
 class QuantizedLinear(QuantizedLayer):
-    """`nn.Linear`."""
+    """`nn.Linear`; with a `position_mean` it takes tokens of as many positions alone."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        self.position_mean: PositionMean | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        out: Tensor = self.output(F.linear(self.input(x), self.weight, self.bias))
+        mean = self.position_mean
+        y = F.linear(self.input(x if mean is None else x - mean.common()), self.weight, self.bias)
+        out: Tensor = self.output(y if mean is None else y + mean.product())
         return out
 
 

@@ -103,6 +103,8 @@ def _check_fit(site: Site, settings: SiteSettings) -> None:
         site.slot not in ("input", "q", "k") or site.owner == "patch_embed.proj"
     ):
         raise ValueError("dynamic_up_to is only for inputs of linears, q and k: products sum over the tokens of others")
+    if settings.position_rank and site.slot != "input":
+        raise ValueError("position_rank is only for inputs of linears")
     if settings.granularity == "head" and site.slot not in ("q", "k", "v", "scores", "softmax"):
         raise ValueError("granularity 'head' is only for q, k, v, scores and softmax")
     if settings.granularity == "channel" and (site.slot in ("scores", "softmax") or site.owner == "patch_embed.proj"):

@@ -244,6 +244,8 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
         ({"weights": {"gradient": 0.5}}, "weights: gradient is for activations, not for weights"),
         ({"activations": {"gradient": 2}}, "gradient must be a number from 0.0 to 1.0, not 2"),
         ({"activations": {"dynamic_up_to": 9}}, "dynamic_up_to must be one of 2, 3, .* 8, not 9"),
+        ({"activations": {"position_rank": 65}}, "position_rank must be a whole number from 0 to 64, not 65"),
+        ({"activations": {"position_rank": 8}}, "position_rank is for ranges per token: it needs dynamic_up_to"),
         ({"activations": {"dynamic_up_to": True}}, "dynamic_up_to must be one of .* not True"),
         ({"weights": {"dynamic_up_to": 4}}, "weights: dynamic_up_to is for activations, not for weights"),
         (

@@ -29,7 +29,7 @@ RECIPE = recipe_from_dict(
     {
         "reparametrize": "searched",
         "weights": {"granularity": "channel"},
-        "sites": {"*.mlp.fc1.input": {"granularity": "channel"}},
+        "sites": {"*.mlp.fc1.input": {"granularity": "channel", "dynamic_up_to": 7, "position_rank": 4}},
         "compensation": {},
         "reconstruction": asdict(TUNED),
     },

@@ -166,6 +166,7 @@ def test_a_pattern_without_a_site_is_refused_with_the_nearest(tiny: Callable[...
         ("blocks.0.attn.softmax", {"granularity": "channel"}, "granularity 'channel' is not for attention maps"),
         ("patch_embed.proj.input", {"granularity": "channel"}, "not for attention maps and images"),
         ("patch_embed.proj.input", {"dynamic_up_to": 8}, "dynamic_up_to is only for inputs of linears, q and k"),
+        ("blocks.0.attn.q", {"dynamic_up_to": 8, "position_rank": 8}, "position_rank is only for inputs of linears"),
         ("blocks.0.attn.v", {"dynamic_up_to": 8}, "dynamic_up_to is only for inputs of linears, q and k"),
         ("blocks.0.mlp.fc2.input", {"dynamic_up_to": 7, "quantizer": "log", "split": "sign"}, "for the uniform quant"),
     ],
