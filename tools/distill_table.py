@@ -33,10 +33,14 @@ BOTH = "both:"
 TIMES = (75, 150)
 """Seconds after which students are compared."""
 
+FEW = 5
+"""Rounds that two columns say enough of."""
+
 DEFAULT_FIT = "ridge"
 FITS = {
     DEFAULT_FIT: dfq.Training(optimizer="ridge"),
     "ridge, level on the pool": dfq.Training(optimizer="ridge", level="pool"),
+    "ridge, shrinkage 0.1": dfq.Training(optimizer="ridge", shrinkage=0.1),
     "ridge, no windows": dfq.Training(optimizer="ridge", windows=0),
     # Every round is a student of its own.
     "sgd, temperature 20": dfq.Training(optimizer="sgd", steps=200, learning_rate=0.003, decay="constant"),
@@ -119,8 +123,8 @@ def seconds_of(rounds: list[dict[str, Any]]) -> float:
 
 
 def to_markdown(lines: list[dict[str, Any]]) -> str:
-    """Tables: a row for each method, with columns at two numbers of images and after `TIMES`; and where students were
-    taught in other ways too, a row for each."""
+    """Tables: a row for each method, with columns at two numbers of images and after `TIMES`; where students of more
+    than `FEW` rounds were measured, all of these; and where students were taught in other ways too, a row for each."""
     usual = [line for line in lines if line["fit"] == DEFAULT_FIT] or lines
     methods = list(dict.fromkeys(line["method"] for line in usual))
     runs = {method: [line["result"]["rounds"] for line in usual if line["method"] == method] for method in methods}
@@ -135,6 +139,19 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         cells = [_over_seeds(at_half), _over_seeds(whole), f"{mean(seconds_of(rounds) for rounds in found):.0f}"]
         cells += [_over_seeds([after(rounds, seconds) for rounds in found]) for seconds in TIMES]
         text.append(f"| {' | '.join([f'`{method}`', *cells])} |")
+    for method, found in runs.items():
+        measured = list(dict.fromkeys(entry["images"] for entry in found[0] if entry["top1"] is not None))
+        if len(measured) > FEW:
+            reached = [
+                _over_seeds([e["top1"] for rounds in found for e in rounds if e["images"] == count])
+                for count in measured
+            ]
+            text += [
+                "",
+                f"| images by `{method}` | {' | '.join(map(str, measured))} |",
+                "|---" * len(measured) + "|---|",
+            ]
+            text.append(f"| top-1 | {' | '.join(reached)} |")
     others = {line["method"]: None for line in lines if line["fit"] != DEFAULT_FIT}
     for method in others if len(usual) < len(lines) else ():
         text += ["", f"| taught on {last} images by `{method}` | |", "|---|---|"]

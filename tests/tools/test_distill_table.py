@@ -74,7 +74,7 @@ def test_a_cell_is_made_once(tool: Any, digits: Path, tmp_path: Path, monkeypatc
     assert "| `both:leaves` |" in page.read_text()
 
 
-def made(method: str, seed: int, *rounds: tuple[int, float, float], fit: str = "ridge") -> dict[str, Any]:
+def made(method: str, seed: int, *rounds: tuple[int, float, float | None], fit: str = "ridge") -> dict[str, Any]:
     entries = [
         {"images": images, "generating_seconds": seconds - 1, "training_seconds": 1.0, "top1": top1}
         for images, seconds, top1 in rounds
@@ -90,6 +90,18 @@ def made(method: str, seed: int, *rounds: tuple[int, float, float], fit: str = "
         "torch": "2.15.0",
         "result": {"rounds": entries, "images": rounds[-1][0], "top1": rounds[-1][2], "teacher_top1": 80.0},
     }
+
+
+def test_a_long_run_is_shown_as_it_grew(tool: Any) -> None:
+    lines = [
+        made("slow", seed, *((10 * n, 50.0, n + float(seed) if n % 2 == 0 else None) for n in range(1, 13)))
+        for seed in (0, 2)
+    ]
+    rows = tool.to_markdown(lines).splitlines()
+    assert rows[4] == "| images by `slow` | 20 | 40 | 60 | 80 | 100 | 120 |"
+    assert rows[6].startswith("| top-1 | 3.0 (2.0 to 4.0) | 5.0 (4.0 to 6.0) | ")
+    few = [made("slow", 0, *((10 * n, 50.0, float(n)) for n in range(1, 6)))]
+    assert "| images by `slow` |" not in tool.to_markdown(few)
 
 
 def test_equal_images_and_equal_time(tool: Any) -> None:
