@@ -1,7 +1,7 @@
 """What tokens of one position have in common in all images, kept from rounding.
 
-The first blocks of a ViT see the position embedding at least as strongly as the picture: up to two thirds of the energy
-of what enters their linears is the same in every image. It is a constant, so it takes no grid.
+The first blocks of a ViT see the position embedding as well as the picture: much of the energy of what enters their
+linears is the same in every image. It is a constant, so it takes no grid.
 """
 
 from __future__ import annotations
