@@ -146,12 +146,8 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
                 _over_seeds([e["top1"] for rounds in found for e in rounds if e["images"] == count])
                 for count in measured
             ]
-            text += [
-                "",
-                f"| images by `{method}` | {' | '.join(map(str, measured))} |",
-                "|---" * len(measured) + "|---|",
-            ]
-            text.append(f"| top-1 | {' | '.join(reached)} |")
+            text += ["", f"| images by `{method}` | {' | '.join(map(str, measured))} |"]
+            text += ["|---" * (len(measured) + 1) + "|", f"| top-1 | {' | '.join(reached)} |"]
     others = {line["method"]: None for line in lines if line["fit"] != DEFAULT_FIT}
     for method in others if len(usual) < len(lines) else ():
         text += ["", f"| taught on {last} images by `{method}` | |", "|---|---|"]

@@ -150,7 +150,7 @@ class MeanOverImages:
 
     def energy(self) -> float:
         """The sum of all squares of an image, in the mean."""
-        return self._squares / max(1, self._images)
+        return self._squares / self._images
 
 
 def token_importance(x: Tensor) -> Tensor:

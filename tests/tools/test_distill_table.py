@@ -92,15 +92,6 @@ def made(method: str, seed: int, *rounds: tuple[int, float, float | None], fit: 
     }
 
 
-@pytest.mark.parametrize("file", ["students.jsonl", "students-many.jsonl"])
-def test_the_page_is_made_from_its_lines(tool: Any, file: str) -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page = (docs / "distillation.md").read_text()
-    lines = [json.loads(text) for text in (docs / file).read_text().splitlines()]
-    assert f"<!-- students: {file} -->" in page
-    assert tool.with_tables(page, file, lines) == page
-
-
 def test_a_long_run_is_shown_as_it_grew(tool: Any) -> None:
     lines = [
         made("slow", seed, *((10 * n, 50.0, n + float(seed) if n % 2 == 0 else None) for n in range(1, 13)))

@@ -75,12 +75,20 @@ def test_a_run_goes_on_and_its_table_goes_into_a_page(
     assert f"| no rescaled channels | {moved['kl']:.4f} | {moved['difference']:+.4f} ± " in page.read_text()
 
 
-@pytest.mark.parametrize(("name", "marks"), [("recipe_trials", "recipe trials"), ("feature_spread", "feature spread")])
-def test_the_page_is_made_from_its_lines(load_tool: Callable[[str], ModuleType], name: str, marks: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "marks", "where", "files"),
+    [
+        ("recipe_trials", "recipe trials", "methods.md", ["recipe-trials.jsonl", "position-trials.jsonl"]),
+        ("feature_spread", "feature spread", "methods.md", ["feature-spread.jsonl"]),
+        ("distill_table", "students", "distillation.md", ["students.jsonl", "students-many.jsonl"]),
+    ],
+)
+def test_the_page_is_made_from_its_lines(
+    load_tool: Callable[[str], ModuleType], name: str, marks: str, where: str, files: list[str]
+) -> None:
     docs = Path(__file__).parents[2] / "docs"
-    page = (docs / "methods.md").read_text()
-    files = re.findall(rf"<!-- {marks}: (\S+) -->", page)
-    assert files
+    page = (docs / where).read_text()
+    assert re.findall(rf"<!-- {marks}: (\S+) -->", page) == files
     for file in files:
         lines = [json.loads(text) for text in (docs / file).read_text().splitlines()]
         assert load_tool(name).with_tables(page, file, lines) == page
