@@ -65,8 +65,13 @@ def no_rescaled_channels(recipe: Recipe) -> Recipe:
     return drop_from_sites(replace(recipe, reparametrize=None), "granularity", "channel")
 
 
+def no_means_of_positions(recipe: Recipe) -> Recipe:
+    return drop_from_sites(recipe, "position_rank")
+
+
 def no_ranges_per_token(recipe: Recipe) -> Recipe:
-    return drop_from_sites(recipe, "dynamic_up_to")
+    # Means of positions are kept apart nowhere else.
+    return drop_from_sites(no_means_of_positions(recipe), "dynamic_up_to")
 
 
 def no_rotation(recipe: Recipe) -> Recipe:
@@ -86,7 +91,7 @@ def no_reconstruction(recipe: Recipe) -> Recipe:
 
 
 # In the order in which they are added. No two take out the same key with the same value, so that any can go without
-# the others, and in any order.
+# the others, and in any order; but means of positions go with ranges per token.
 PARTS: dict[str, Callable[[Recipe], Recipe]] = {
     "grids": no_grids,
     "outliers apart": no_outliers_apart,
@@ -95,6 +100,7 @@ PARTS: dict[str, Callable[[Recipe], Recipe]] = {
     "stretching": no_stretching,
     "rescaled channels": no_rescaled_channels,
     "ranges per token": no_ranges_per_token,
+    "means of positions": no_means_of_positions,
     "rotation": no_rotation,
     "late normalization": no_late_normalization,
     "compensation": no_compensation,

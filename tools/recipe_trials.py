@@ -65,11 +65,10 @@ def steps(recipe: Recipe, times: int) -> Recipe:
     return tuned(recipe, iterations=times * tuning_of(recipe).iterations)
 
 
-def where_ranges_are_per_token(recipe: Recipe, of: str | tuple[str, ...] = "", **settings: int) -> Recipe:
-    """Further settings for the sites that have ranges per token, those whose pattern ends in `of`."""
+def where_ranges_are_per_token(recipe: Recipe, **settings: int) -> Recipe:
+    """Further settings for the sites that have ranges per token."""
     sites = {
-        pattern: changes | (settings if "dynamic_up_to" in changes and pattern.endswith(of) else {})
-        for pattern, changes in recipe.sites.items()
+        pattern: changes | (settings if "dynamic_up_to" in changes else {}) for pattern, changes in recipe.sites.items()
     }
     return replace(recipe, sites=sites)
 
@@ -78,9 +77,7 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     AS_IT_IS: lambda recipe: recipe,
     "static ranges": recipe_parts.no_ranges_per_token,
     "ranges per token at 8 bits too": lambda recipe: where_ranges_are_per_token(recipe, dynamic_up_to=8),
-    "means of positions apart": lambda recipe: where_ranges_are_per_token(
-        recipe, ("qkv.input", "fc1.input"), position_rank=8
-    ),
+    "no means of positions": recipe_parts.no_means_of_positions,
     "tokens alike where ranges are found": recipe_parts.no_tokens_by_gradient,
     "tokens alike in tuning": lambda recipe: tuned(recipe, gradient=0.0),
     "no stretching": recipe_parts.no_stretching,

@@ -10,7 +10,7 @@ from calibration import CalibrationSet
 from dfq.errors import UsageError
 from dfq.models import Model
 from dfq.ptq.engine import kept_state
-from dfq.ptq.modules import QuantizedLayer
+from dfq.ptq.modules import QuantizedLayer, QuantizedLinear
 from dfq.ptq.probe import Probe
 from dfq.ptq.sensitivity import NUM_IMAGES, Sensitivity, make_probe, site_trials, summarize
 from dfq.ptq.sites import plan_sites
@@ -22,7 +22,8 @@ WIDTHS = (4, 6, 8)
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose bits are to be chosen: by bits, the KL that they cost alone and the bytes of its integers.
+    """A layer whose bits are to be chosen: by bits, the KL that they cost alone and the bytes of its integers, and of
+    its means of positions where its input has so few.
 
     sites: what gets the bits: the weights, and where activations have fewer than 8 bits the input too, since an integer
     product takes both operands at one width.
@@ -78,7 +79,10 @@ def layer_costs(
             name,
             sites,
             {width: costs[trials[name, width]].kl for width in WIDTHS},
-            {width: packed_length(probe.weight(name).numel(), width) for width in WIDTHS},
+            {
+                width: packed_length(probe.weight(name).numel(), width) + _mean_bytes(probe, name, width, sites)
+                for width in WIDTHS
+            },
         )
         for name, sites in free.items()
     )
@@ -106,10 +110,22 @@ def _free_layers(probe: Probe) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _mean_bytes(probe: Probe, name: str, width: int, sites: Collection[str]) -> int:
+    """Of the means of positions of a layer, which are there where its input has ranges per token."""
+    layer = probe.module.get_submodule(name)
+    if not isinstance(layer, QuantizedLinear) or layer.position_mean is None:
+        return 0
+    (entering,) = (p for p in probe.planned if p.site.name == f"{name}.input")
+    if not entering.settings.is_dynamic(width if entering.site.name in sites else entering.bits):
+        return 0
+    return sum(tensor.numel() * tensor.element_size() for tensor in layer.position_mean.buffers())
+
+
 def _other_bytes(probe: Probe, free: Collection[str]) -> int:
-    """Of the quantized model (`QuantizedModel.weight_bytes`), all but the integers of the free layers."""
+    """Of the quantized model (`QuantizedModel.weight_bytes`), all but what a free layer has in its `sizes`."""
     widths = {p.site.owner: p.bits for p in probe.planned if p.site.is_weight}
-    kept = list(kept_state(probe.module).values())
+    state = kept_state(probe.module)
+    kept = [tensor for name, tensor in state.items() if name.partition(".position_mean.")[0] not in free]
     for p in probe.planned:
         kept += probe.quantizer(p.site.name, p.bits).tensors().values()
     packed = 0

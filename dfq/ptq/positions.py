@@ -17,7 +17,7 @@ from dfq.ptq.modules import PositionMean, QuantizedLinear
 from dfq.ptq.sites import PlannedSite
 
 # Of the energy of what enters the layer: what brings less is not worth its bytes, or is chance.
-_LEAST_SHARE = 1e-2
+_LEAST_SHARE = 2e-3
 
 
 def set_positions_apart(

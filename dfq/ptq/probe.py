@@ -17,6 +17,7 @@ from dfq.models import Model
 from dfq.progress import progress_bar
 from dfq.ptq.engine import check_calibration, prepare
 from dfq.ptq.fitting import fit_sites, joined_tokens, move_ranges, observe, place
+from dfq.ptq.positions import set_positions_apart
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import Bits, Recipe
@@ -54,8 +55,8 @@ class Cost:
 class Probe:
     """An adapted copy of a model, the sites that a recipe quantizes in it, and images to quantize them on.
 
-    Ranges per channel are moved into the layers around them where the recipe has it so; ranges are fitted on
-    full-precision activations, values rounded to nearest. Nothing makes up for the error.
+    Ranges per channel are moved into the layers around them, and means of positions kept apart, where the recipe has it
+    so; ranges are fitted on full-precision activations, values rounded to nearest. Nothing makes up for the error.
     """
 
     @torch.no_grad()
@@ -66,11 +67,14 @@ class Probe:
         self._stages = stages(self.module)
         self._batches = images.batches(batch_size, model.device)
         self._quantizers: dict[tuple[str, int], Quantizer] = {}
+        whole = all(keep is None for _, keep in self._batches)
         moved: dict[str, PlannedSite] = {}
         inputs: Sequence[Any] = self._batches
         for stage in self._stages:
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(self.module, stage, sites, recipe, inputs, stage.run)
+            if whole and stage.module is not None:
+                set_positions_apart(self.module, sites, inputs, stage.run)
             moved |= {p.site.name: p for p in sites}
             inputs = [stage.run(batch) for batch in inputs]
         self._reference = torch.cat(list(inputs))

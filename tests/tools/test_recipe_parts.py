@@ -26,7 +26,8 @@ assert TUNING is not None
 TUNED = replace(FAST, reconstruction=TUNING)
 PLAIN = SiteSettings(quantizer="uniform", symmetric=False, granularity="tensor", range="mse")
 PARTS = ["grids", "outliers apart", "errors that count differently", "tokens by gradient", "stretching"]
-PARTS += ["rescaled channels", "ranges per token", "rotation", "late normalization", "compensation", "reconstruction"]
+PARTS += ["rescaled channels", "ranges per token", "means of positions", "rotation", "late normalization"]
+PARTS += ["compensation", "reconstruction"]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,12 @@ def test_the_parts_are_these_in_this_order(tool: Any) -> None:
         (
             "ranges per token",
             {},
-            {name: {"dynamic_up_to": None} for name in ("qkv.input", "fc1.input", "attn.proj.input")},
+            {
+                "attn.proj.input": {"dynamic_up_to": None},
+                **{name: {"dynamic_up_to": None, "position_rank": 0} for name in ("qkv.input", "fc1.input")},
+            },
         ),
+        ("means of positions", {}, {name: {"position_rank": 0} for name in ("qkv.input", "fc1.input")}),
         ("rotation", {"rotate": None}, {}),
         ("late normalization", {"softmax": "normalized"}, {"softmax": {"range": "mse"}}),
         ("compensation", {"compensation": None}, {}),
@@ -111,7 +116,7 @@ def test_parts_go_in_any_order_and_any_of_them_without_the_others(
 ) -> None:
     for one, other in permutations(PARTS, 2):
         assert tool.without(TUNED, [one, other]) == tool.without(TUNED, [other, one])
-    of_sites = [*PARTS[:4], "rescaled channels", "ranges per token", "late normalization"]
+    of_sites = [*PARTS[:4], "rescaled channels", "ranges per token", "means of positions", "late normalization"]
     for count in range(len(of_sites) + 1):
         for some in combinations(of_sites, count):
             settings(tool.without(TUNED, some))  # raises RecipeError where settings contradict each other

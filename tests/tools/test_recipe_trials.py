@@ -78,7 +78,7 @@ def test_a_run_goes_on_and_its_table_goes_into_a_page(
 @pytest.mark.parametrize(
     ("name", "marks", "where", "files"),
     [
-        ("recipe_trials", "recipe trials", "methods.md", ["recipe-trials.jsonl", "position-trials.jsonl"]),
+        ("recipe_trials", "recipe trials", "methods.md", ["recipe-trials.jsonl"]),
         ("feature_spread", "feature spread", "methods.md", ["feature-spread.jsonl"]),
         ("distill_table", "students", "distillation.md", ["students.jsonl", "students-many.jsonl"]),
     ],

@@ -19,6 +19,7 @@ import dfq
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
+from dfq.ptq.modules import PositionMean
 from dfq.ptq.probe import Cost, Probe
 from dfq.ptq.sensitivity import Sensitivity, SiteCost, sensitivity, site_trials
 from dfq.recipe import DEFAULT_RECIPE, load_recipe, parse_bits
@@ -122,6 +123,24 @@ def test_what_was_quantized_is_put_back(paper: Probe, reference: Model, noise: C
     assert not any(isinstance(module, Quantizer) for module in paper.module.modules())
     images = pixels(noise)
     assert torch.allclose(paper.module(images), reference(images), atol=1e-5)
+
+
+def test_weights_meet_no_means_of_positions(reference: Model, noise: CalibrationSet) -> None:
+    name = "blocks.1.mlp.fc1"
+    base = load_recipe("paper")
+    inputs = {f"{name}.input": {"dynamic_up_to": 7, "position_rank": 8}}
+    probe = Probe(reference, parse_bits("w3a4"), replace(base, sites=base.sites | inputs), noise, batch_size=8)
+    trial = ((f"{name}.weight", 3),)
+    mean = probe.module.get_submodule(name).position_mean
+    assert isinstance(mean, PositionMean)
+    places = mean.common()
+    module = copy.deepcopy(reference.module)
+    weight: Any = module.get_submodule(name).weight
+    change = UniformQuantizer(3, symmetric=True, granularity=PerAxis(0)).fit(weight)(weight) - weight
+    module.get_submodule(name).register_forward_hook(lambda _, args, y: y + (args[0] - places) @ change.T)
+    images = pixels(noise)
+    expected = kl_between(reference(images), module(images))
+    assert probe.costs([trial], progress=False)[trial].kl == pytest.approx(expected, rel=1e-2)
 
 
 def test_ranges_per_channel_are_moved_first(reference: Model, noise: CalibrationSet) -> None:
