@@ -26,7 +26,7 @@ from dfq.architectures import build_architecture
 from dfq.transfer.training import Training
 
 ROOT = Path(__file__).parents[2]
-MINIATURE = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 10}
+MINIATURE = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 1, "num_heads": 3, "num_classes": 10}
 IMAGES, ITERATIONS = 8, 20
 BREEDS = 37
 
