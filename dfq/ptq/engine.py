@@ -57,7 +57,7 @@ class QuantizedModel(Network):
     @property
     def weight_bytes(self) -> int:
         """Bytes of `tensors`, as they are kept on disk."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be kept to make the model again: packed integers, quantizers, and parameters (`kept_state`)."""

@@ -118,7 +118,7 @@ def _mean_bytes(probe: Probe, name: str, width: int, sites: Collection[str]) -> 
     (entering,) = (p for p in probe.planned if p.site.name == f"{name}.input")
     if not entering.settings.is_dynamic(width if entering.site.name in sites else entering.bits):
         return 0
-    return sum(tensor.numel() * tensor.element_size() for tensor in layer.position_mean.buffers())
+    return sum(tensor.nbytes for tensor in layer.position_mean.buffers())
 
 
 def _other_bytes(probe: Probe, free: Collection[str]) -> int:
@@ -135,4 +135,4 @@ def _other_bytes(probe: Probe, free: Collection[str]) -> int:
                 packed += packed_length(layer.weight.numel(), widths[path])
             else:
                 kept.append(layer.weight)
-    return packed + sum(int(tensor.numel() * tensor.element_size()) for tensor in kept)
+    return packed + sum(tensor.nbytes for tensor in kept)
