@@ -39,7 +39,7 @@ FLOAT_BITS = 16
 
 Rotation = Literal["heads", "full"]
 Softmax = Literal["normalized", "deferred"]
-Reparametrization = Literal["full", "searched"]
+Reparametrization = Literal["full", "searched", "unrotated"]
 Rounding = Literal["ste", "adaround"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
@@ -245,10 +245,11 @@ class Recipe:
     deferred, exponentials that are normalized after the product with the values; rotate: channels are mixed by
     rotations that cancel, those of each attention head or, full, of the residual stream too; reparametrize: ranges per
     channel are moved into the layers before and after where that is exact, and become ranges per tensor: full
-    (RepQ-ViT), or searched, as far as the product they enter gains by it; stretch: the ranges of activations are looked
-    for with what enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this
-    for each image. The tables range_search, compensation and reconstruction say how these are done. Of those, rotate
-    and reparametrize, None: not at all.
+    (RepQ-ViT), searched, as far as the product they enter gains by it, or unrotated, searched where the residual
+    stream is not rotated and not moved where it is; stretch: the ranges of activations are looked for with what
+    enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this for each image.
+    The tables range_search, compensation and reconstruction say how these are done. Of those, rotate and reparametrize,
+    None: not at all.
     """
 
     name: str
@@ -418,7 +419,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "base": ("2", "sqrt2", "search"),
     "softmax": ("normalized", "deferred"),
     "rotate": ("heads", "full"),
-    "reparametrize": ("full", "searched"),
+    "reparametrize": ("full", "searched", "unrotated"),
     "error": ("output", "fisher"),
     "operands": ("both", "activations"),
     "rounding": ("ste", "adaround"),

@@ -87,7 +87,7 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "three times the steps": lambda recipe: steps(recipe, 3),
     "four times the steps": lambda recipe: steps(recipe, 4),
     "no rotation": recipe_parts.no_rotation,
-    "no rescaled channels": recipe_parts.no_rescaled_channels,
+    "channels rescaled too": lambda recipe: replace(recipe, reparametrize="searched"),
     "no compensation": recipe_parts.no_compensation,
 }
 

@@ -19,7 +19,7 @@ from dfq.ptq.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, qu
 from dfq.ptq.reparametrize import equalizing, exchanges
 from dfq.ptq.search import convolution_rows
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
-from dfq.ptq.stages import Stage
+from dfq.ptq.stages import Stage, stages
 from dfq.recipe import Compensation, Recipe, Reparametrization
 from quantizers import OutlierQuantizer, Quantizer, UniformQuantizer, outlier_channels
 
@@ -146,7 +146,7 @@ def move_ranges(
     if recipe.reparametrize is None or not by_channel:
         return sites
     # The search multiplies what was seen by the weights, which takes tokens, also where extremes would do for a range.
-    seen = observe(network, by_channel, None, inputs, run, gradients, sampled=recipe.reparametrize == "searched")
+    seen = observe(network, by_channel, None, inputs, run, gradients, sampled=recipe.reparametrize != "full")
     return reparametrize(stage, sites, seen, recipe.reparametrize)
 
 
@@ -159,8 +159,8 @@ def reparametrize(
     """Move the ranges per channel of a stage into the layers around them where that is exact.
 
     In full (RepQ-ViT) every channel of the activation gets all levels, but columns of the weights that share a scale
-    drift apart, which costs more than it brings where weights have fewer bits than activations: "searched" chooses how
-    far by the error of the product they enter. seen: samples [..., C] of the sites. Returns the sites as they are to be
+    drift apart, which costs more than it brings where weights have fewer bits than activations: otherwise the error
+    of the product they enter chooses how far. seen: samples [..., C] of the sites. Returns the sites as they are to be
     quantized then: what was per channel and could be moved is per tensor.
     """
     if stage.module is None:
@@ -176,11 +176,10 @@ def reparametrize(
         assert grid.scale is not None
         assert grid.zero_point is not None
         centre = grid.scale * ((grid.qmin + grid.qmax) / 2 - grid.zero_point)
-        strengths = _STRENGTHS if how == "searched" else (1.0,)
+        strengths = (1.0,) if how == "full" else _STRENGTHS
         moves = [equalizing(grid.scale, centre, strength, offset=exchange.takes_offset) for strength in strengths]
-        site = replace(site, settings=replace(site.settings, granularity="tensor"))
-        planned[exchange.site] = site
-        if how == "searched":
+        site = planned[exchange.site] = _of_the_tensor(site)
+        if how != "full":
             moves.append((torch.ones_like(centre), torch.zeros_like(centre)))
             weights = [(linear, planned.get(f"{name}.weight")) for name, linear in exchange.takers.items()]
             counts = _by_row(values.new_ones(()) if importance is None else importance, values)
@@ -191,6 +190,17 @@ def reparametrize(
             moves = [moves[errors.index(min(errors))]]
         exchange.rescale(*moves[0])
     return list(planned.values())
+
+
+def left_where_they_are(network: nn.Module, sites: Sequence[PlannedSite]) -> list[PlannedSite]:
+    """`sites` with one range for the tensor where `reparametrize` could move those per channel."""
+    chain = [(stage.name, stage.module) for stage in stages(network) if stage.module is not None]
+    movable = {exchange.site for name, module in chain for exchange in exchanges(name, module)}
+    return [_of_the_tensor(p) if p.settings.granularity == "channel" and p.site.name in movable else p for p in sites]
+
+
+def _of_the_tensor(planned: PlannedSite) -> PlannedSite:
+    return replace(planned, settings=replace(planned.settings, granularity="tensor"))
 
 
 def _by_row(importance: Tensor, values: Tensor) -> Tensor:

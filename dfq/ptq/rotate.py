@@ -27,11 +27,12 @@ from dfq.recipe import Rotation
 
 
 @torch.no_grad()
-def rotate(network: VisionTransformer | SwinTransformer, which: Rotation) -> None:
+def rotate(network: VisionTransformer | SwinTransformer, which: Rotation) -> bool:
     """Rotate, in place, the channels of an adapted network; its function stays, up to rounding in fp32.
 
     heads: q and k of every attention head by one rotation, its values by another; full: also the residual stream, of
     a ViT whose layers allow it (`_Stream.of`). Rotations are random and the same for equal shapes in equal places.
+    Returns whether the residual stream is rotated.
     """
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
@@ -40,6 +41,7 @@ def rotate(network: VisionTransformer | SwinTransformer, which: Rotation) -> Non
     stream = _Stream.of(network) if which == "full" else None
     if stream is not None:
         stream.rotate(generator)
+    return stream is not None
 
 
 def _rotate_heads(attention: QuantizedAttention | QuantizedWindowAttention, generator: torch.Generator) -> None:

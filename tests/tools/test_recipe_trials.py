@@ -54,12 +54,12 @@ def test_a_run_goes_on_and_its_table_goes_into_a_page(
     command += ["--source", "gaussian:8", "--limit", "20", "--recipe", "repq", "--bits", "w3a3"]
     quantize, made = dfq.quantize, []
     monkeypatch.setattr(dfq, "quantize", lambda *args, **kwargs: made.append(1) or quantize(*args, **kwargs))
-    for trials in (["no rescaled channels"], ["no rescaled channels", "no rotation"]):
+    for trials in (["channels rescaled too"], ["channels rescaled too", "no rotation"]):
         monkeypatch.setattr("sys.argv", [*command, "--trials", *trials])
         tool.main()
     assert len(made) == 3
     lines = [json.loads(text) for text in results.read_text().splitlines()]
-    assert [line["trial"] for line in lines] == ["as it is", "no rescaled channels", "no rotation"]
+    assert [line["trial"] for line in lines] == ["as it is", "channels rescaled too", "no rotation"]
     usual, moved, nothing = lines
     assert moved["difference"] == pytest.approx(moved["kl"] - usual["kl"])
     assert moved["standard_error"] > 0
@@ -72,7 +72,7 @@ def test_a_run_goes_on_and_its_table_goes_into_a_page(
     monkeypatch.setattr("sys.argv", ["recipe_trials.py", "--results", str(results), "--write", str(page)])
     tool.main()
     assert "old" not in page.read_text()
-    assert f"| no rescaled channels | {moved['kl']:.4f} | {moved['difference']:+.4f} ± " in page.read_text()
+    assert f"| channels rescaled too | {moved['kl']:.4f} | {moved['difference']:+.4f} ± " in page.read_text()
 
 
 @pytest.mark.parametrize(

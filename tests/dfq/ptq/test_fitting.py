@@ -266,6 +266,47 @@ def test_the_search_does_no_worse_than_all_or_nothing(
     assert errors["searched"] < 1.05 * min(errors.values())
 
 
+@pytest.mark.parametrize("rotation", [None, "heads", "full"])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_channels_are_rescaled_where_the_residual_stream_is_not_rotated(
+    pre_norm: bool, rotation: str | None, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    model, images = uneven(tiny(pre_norm=pre_norm), balanced=False), images_for()
+    content = EVEN | ({} if rotation is None else {"rotate": rotation})
+    moving = {
+        how: quantized(model, images, content | {"reparametrize": how, "sites": BY_CHANNEL})
+        for how in ("searched", "unrotated")
+    }
+    left = quantized(model, images, content)
+    x = normalised(images.images)
+    assert not torch.equal(moving["searched"](x), left(x))
+    # A norm before the blocks is in the way of the rotation.
+    expected = left if rotation == "full" and not pre_norm else moving["searched"]
+    assert torch.equal(moving["unrotated"](x), expected(x))
+    assert moving["unrotated"].sites["blocks.0.attn.qkv.input"].tensors()["scale"].shape == (1,)
+
+
+def test_ranges_per_channel_that_cannot_be_moved_stay_beside_a_rotation(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """What an attention with a norm of its own gives cannot be rescaled, and keeps its ranges, as with `searched`."""
+    content = EVEN | {"rotate": "full", "reparametrize": "unrotated"}
+    content["sites"] = BY_CHANNEL | {"*.attn.proj.input": {"granularity": "channel"}}
+    scales = {
+        name: quantizer.tensors()["scale"]
+        for name, quantizer in quantized(tiny(scale_attn_norm=True), images_for(), content).sites.items()
+        if name.endswith((".attn.qkv.input", ".attn.proj.input"))
+    }
+    assert {name: len(scale) for name, scale in scales.items()} == {
+        f"blocks.{index}.attn.{layer}.input": count for index in range(2) for layer, count in (("qkv", 1), ("proj", 24))
+    }
+
+
+def quantized(model: Model, images: CalibrationSet, content: dict[str, Any]) -> dfq.QuantizedModel:
+    recipe = recipe_from_dict(content, name="test", where="test")
+    return dfq.quantize(model, "w4a4", calibration=images, recipe=recipe, progress=False)
+
+
 # --- tokens that count by their gradient
 
 

@@ -56,13 +56,13 @@ def test_the_sizes_of_channels_after_a_norm_do_not_matter(
     torch.testing.assert_close(rescaled(x), reference(x), rtol=1e-3, atol=1e-3)
     plain = recipe_from_dict(
         {"weights": {"granularity": "channel", "range": "output_mse"}, "activations": {"range": "mse"}},
-        name="nothing moved",
+        name="nothing rotated",
         where="test",
     )
     fast = [logit_sqnr(model, x, "w4a8", made, "fast") for model in (reference, rescaled)]
     assert fast[1] > 25
     assert fast[1] > fast[0] - 2
-    # Without moving ranges they do.
+    # Where channels are neither rotated nor rescaled they do.
     assert logit_sqnr(rescaled, x, "w4a8", made, plain) < fast[1] - 2
 
 
