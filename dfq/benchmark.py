@@ -373,7 +373,7 @@ def _in_pytorch(module: nn.Module, dtype: torch.dtype) -> Callable[[Array], obje
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _present(runtimes: Sequence[str] | None) -> tuple[list[str], list[str]]:

@@ -222,7 +222,7 @@ def _check_size(origin: Origin, tensors: Mapping[str, Tensor]) -> None:
     network = without_weights(origin.architecture, origin.arguments)
     wanted = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     # Of weights of 2 bits, 4 lie in a byte.
-    if wanted > max(_SMALL, 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
+    if wanted > max(_SMALL, 8 * sum(tensor.nbytes for tensor in tensors.values())):
         raise ValueError(f"it asks for a network of {wanted} numbers, far more than there are weights")
 
 

@@ -132,7 +132,7 @@ class Model(Network):
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters as they are in memory."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+        return sum(p.nbytes for p in self.module.parameters())
 
 
 def class_names(origin: Origin, num_classes: int) -> tuple[str, ...] | None:

@@ -67,7 +67,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if odd:
         raise CheckpointError(f"{file} holds a tensor that is not plain numbers ({odd[0]}); save the weights densely")
     # Views of a few bytes can have any shape.
-    if sum(value.numel() * value.element_size() for value in content.values()) > _MAX_SHARED * file.stat().st_size:
+    if sum(value.nbytes for value in content.values()) > _MAX_SHARED * file.stat().st_size:
         raise CheckpointError(f"{file} would unpack to far more than its size; save the weights as they are")
     state = {key.removeprefix("module."): value for key, value in content.items()}
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

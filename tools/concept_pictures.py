@@ -149,7 +149,7 @@ def bytes_by_kind(model: dfq.Model | QuantizedModel) -> dict[str, int]:
         ("MLP weights", "attention weights", "patch embedding", "classifier", "position embedding"), 0
     ) | {"norms, biases, class token": 0, "scales, zero points": 0}
     for name, tensor in tensors.items():
-        kinds[kind_of(name, sites)] += tensor.numel() * tensor.element_size()
+        kinds[kind_of(name, sites)] += tensor.nbytes
     return kinds
 
 
