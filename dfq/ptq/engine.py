@@ -17,7 +17,7 @@ from calibration.tokens import PatchGrid
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model, Network
 from dfq.progress import progress_bar
-from dfq.ptq.fitting import fit_sites, left_where_they_are, move_ranges, observe_apart, place_sites
+from dfq.ptq.fitting import fit_sites, move_ranges, observe_apart, place_sites
 from dfq.ptq.gradients import token_gradients
 from dfq.ptq.modules import QuantizedLayer, adapt
 from dfq.ptq.positions import set_positions_apart
@@ -199,10 +199,10 @@ def prepare(model: Model, bits: Bits, recipe: Recipe) -> tuple[VisionTransformer
     """
     check_quantizable(model.name, model.module)
     module = adapt(copy.deepcopy(model.module), deferred=recipe.softmax == "deferred")
-    rotated = recipe.rotate is not None and rotate(module, recipe.rotate)
+    rotated = set() if recipe.rotate is None else rotate(module, recipe.rotate)
     planned = plan_sites(module, recipe, bits)
-    if rotated and recipe.reparametrize == "unrotated":
-        planned = left_where_they_are(module, planned)
+    if recipe.reparametrize == "unrotated":
+        planned = [p.per_tensor() if p.site.slot == "input" and p.site.owner in rotated else p for p in planned]
     if POSITION_EMBEDDING not in [p.site.name for p in planned]:
         # Before anything is calibrated, so that ranges are found for what will run.
         _round_position_embedding(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from dfq.ptq.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, qu
 from dfq.ptq.reparametrize import equalizing, exchanges
 from dfq.ptq.search import convolution_rows
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
-from dfq.ptq.stages import Stage, stages
+from dfq.ptq.stages import Stage
 from dfq.recipe import Compensation, Recipe, Reparametrization
 from quantizers import OutlierQuantizer, Quantizer, UniformQuantizer, outlier_channels
 
@@ -178,7 +178,7 @@ def reparametrize(
         centre = grid.scale * ((grid.qmin + grid.qmax) / 2 - grid.zero_point)
         strengths = (1.0,) if how == "full" else _STRENGTHS
         moves = [equalizing(grid.scale, centre, strength, offset=exchange.takes_offset) for strength in strengths]
-        site = planned[exchange.site] = _of_the_tensor(site)
+        site = planned[exchange.site] = site.per_tensor()
         if how != "full":
             moves.append((torch.ones_like(centre), torch.zeros_like(centre)))
             weights = [(linear, planned.get(f"{name}.weight")) for name, linear in exchange.takers.items()]
@@ -190,17 +190,6 @@ def reparametrize(
             moves = [moves[errors.index(min(errors))]]
         exchange.rescale(*moves[0])
     return list(planned.values())
-
-
-def left_where_they_are(network: nn.Module, sites: Sequence[PlannedSite]) -> list[PlannedSite]:
-    """`sites` with one range for the tensor where `reparametrize` could move those per channel."""
-    chain = [(stage.name, stage.module) for stage in stages(network) if stage.module is not None]
-    movable = {exchange.site for name, module in chain for exchange in exchanges(name, module)}
-    return [_of_the_tensor(p) if p.settings.granularity == "channel" and p.site.name in movable else p for p in sites]
-
-
-def _of_the_tensor(planned: PlannedSite) -> PlannedSite:
-    return replace(planned, settings=replace(planned.settings, granularity="tensor"))
 
 
 def _by_row(importance: Tensor, values: Tensor) -> Tensor:

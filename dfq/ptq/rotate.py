@@ -27,25 +27,31 @@ from dfq.recipe import Rotation
 
 
 @torch.no_grad()
-def rotate(network: VisionTransformer | SwinTransformer, which: Rotation) -> bool:
+def rotate(network: VisionTransformer | SwinTransformer, which: Rotation) -> set[str]:
     """Rotate, in place, the channels of an adapted network; its function stays, up to rounding in fp32.
 
     heads: q and k of every attention head by one rotation, its values by another; full: also the residual stream, of
     a ViT whose layers allow it (`_Stream.of`). Rotations are random and the same for equal shapes in equal places.
-    Returns whether the residual stream is rotated.
+    Returns the paths of the linears that rotated channels enter.
     """
     generator = torch.Generator().manual_seed(0)
+    takers: set[nn.Module] = set()
     for module in network.modules():
         if isinstance(module, QuantizedAttention | QuantizedWindowAttention):
-            _rotate_heads(module, generator)
+            takers |= _rotate_heads(module, generator)
     stream = _Stream.of(network) if which == "full" else None
     if stream is not None:
-        stream.rotate(generator)
-    return stream is not None
+        takers |= stream.rotate(generator)
+    return {path for path, module in network.named_modules() if module in takers}
 
 
-def _rotate_heads(attention: QuantizedAttention | QuantizedWindowAttention, generator: torch.Generator) -> None:
-    """Scores take q k^T, in which a rotation of both cancels, the projection takes v, mixed over tokens only."""
+def _rotate_heads(
+    attention: QuantizedAttention | QuantizedWindowAttention, generator: torch.Generator
+) -> set[nn.Module]:
+    """Scores take q k^T, in which a rotation of both cancels, the projection takes v, mixed over tokens only.
+
+    Returns the projection where what it takes is rotated.
+    """
     qkv, heads = attention.qkv, attention.num_heads
     width = qkv.weight.shape[0] // (3 * heads)
     plain_scores = True
@@ -62,6 +68,7 @@ def _rotate_heads(attention: QuantizedAttention | QuantizedWindowAttention, gene
             _rotate_outputs(qkv, turn, slice(start, start + width))
         taken = attention.proj.weight[:, head * width : (head + 1) * width]
         taken.copy_(taken.double() @ values.T)
+    return {attention.proj} if attention.projects_what_is_mixed else set()
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,11 @@ class _Stream:
         learned = [vit.pos_embed, *joined_tokens(vit)]
         return cls(givers, [token for token in learned if token is not None], readers)
 
-    def rotate(self, generator: torch.Generator) -> None:
-        """By a rotation that keeps the mean over channels, which the norms take away: so their results turn with it."""
+    def rotate(self, generator: torch.Generator) -> set[nn.Module]:
+        """By a rotation that keeps the mean over channels, which the norms take away: so their results turn with it.
+
+        Returns the linears that take those.
+        """
         turn = rotation_of_differences(self.readers[0][0].normalized_shape[0], generator)
         for layer, scale in self.givers:
             if scale is not None:
@@ -123,6 +133,7 @@ class _Stream:
                 linear.weight = ((linear.weight * norm.weight).double() @ turn.T.to(moved.device)).float()
             norm.weight.fill_(1)
             norm.bias.zero_()
+        return {linear for _, linears in self.readers for linear in linears}
 
 
 def _scale_outputs(layer: QuantizedLayer, factors: Tensor) -> None:

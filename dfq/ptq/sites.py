@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -40,6 +40,12 @@ class PlannedSite:
     site: Site
     bits: int
     settings: SiteSettings
+
+    def per_tensor(self) -> PlannedSite:
+        """With one range for the tensor where it has one per channel."""
+        if self.settings.granularity != "channel":
+            return self
+        return replace(self, settings=replace(self.settings, granularity="tensor"))
 
 
 def list_sites(vit: nn.Module, scope: str) -> list[Site]:

@@ -268,7 +268,7 @@ def test_the_search_does_no_worse_than_all_or_nothing(
 
 @pytest.mark.parametrize("rotation", [None, "heads", "full"])
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_channels_are_rescaled_where_the_residual_stream_is_not_rotated(
+def test_channels_are_rescaled_where_they_are_not_rotated(
     pre_norm: bool, rotation: str | None, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
 ) -> None:
     model, images = uneven(tiny(pre_norm=pre_norm), balanced=False), images_for()
@@ -286,20 +286,40 @@ def test_channels_are_rescaled_where_the_residual_stream_is_not_rotated(
     assert moving["unrotated"].sites["blocks.0.attn.qkv.input"].tensors()["scale"].shape == (1,)
 
 
-def test_ranges_per_channel_that_cannot_be_moved_stay_beside_a_rotation(
-    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+@pytest.mark.parametrize(
+    ("arguments", "by_channel"),
+    [
+        ({}, []),
+        # What is mixed is normed before the projection sees it: not rotated, nor to be rescaled.
+        ({"scale_attn_norm": True}, ["attn.proj"]),
+        # Heads are rotated, the residual stream is not, and an RMSNorm takes no offset.
+        ({"norm_layer": "rmsnorm"}, ["attn.qkv", "mlp.fc1"]),
+    ],
+)
+def test_ranges_per_channel_that_can_be_neither_rotated_nor_moved_stay(
+    arguments: dict[str, Any],
+    by_channel: list[str],
+    tiny: Callable[..., Model],
+    images_for: Callable[..., CalibrationSet],
 ) -> None:
-    """What an attention with a norm of its own gives cannot be rescaled, and keeps its ranges, as with `searched`."""
-    content = EVEN | {"rotate": "full", "reparametrize": "unrotated"}
-    content["sites"] = BY_CHANNEL | {"*.attn.proj.input": {"granularity": "channel"}}
-    scales = {
-        name: quantizer.tensors()["scale"]
-        for name, quantizer in quantized(tiny(scale_attn_norm=True), images_for(), content).sites.items()
-        if name.endswith((".attn.qkv.input", ".attn.proj.input"))
-    }
-    assert {name: len(scale) for name, scale in scales.items()} == {
-        f"blocks.{index}.attn.{layer}.input": count for index in range(2) for layer, count in (("qkv", 1), ("proj", 24))
-    }
+    sites = BY_CHANNEL | {"*.attn.proj.input": {"granularity": "channel"}}
+    content = EVEN | {"rotate": "full", "reparametrize": "unrotated", "sites": sites}
+    found = quantized(tiny(**arguments), images_for(), content).sites
+    for layer in ("attn.qkv", "attn.proj", "mlp.fc1"):
+        scale = found[f"blocks.1.{layer}.input"].tensors()["scale"]
+        assert len(scale) == (24 if layer in by_channel else 1), layer
+
+
+@pytest.mark.parametrize("rotation", ["heads", "full"])
+def test_what_rotated_heads_give_is_not_rescaled(
+    rotation: str, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """Though the residual stream is not rotated."""
+    model, images = tiny(pre_norm=True), images_for()
+    by_channel = {"*.attn.proj.input": {"granularity": "channel"}}
+    moving = quantized(model, images, EVEN | {"rotate": rotation, "reparametrize": "unrotated", "sites": by_channel})
+    x = normalised(images.images)
+    assert torch.equal(moving(x), quantized(model, images, EVEN | {"rotate": rotation})(x))
 
 
 def quantized(model: Model, images: CalibrationSet, content: dict[str, Any]) -> dfq.QuantizedModel:
