@@ -115,7 +115,7 @@ class SiteSettings:
 
     def is_dynamic(self, bits: int) -> bool:
         """Whether at so many bits each token is to have a range of its own."""
-        return self.dynamic_up_to is not None and bits <= self.dynamic_up_to
+        return self.granularity != "channel" and self.dynamic_up_to is not None and bits <= self.dynamic_up_to
 
     def build(self, bits: int, *, is_weight: bool) -> list[Quantizer]:
         """Unfitted quantizers, of which the one with the least error is to be taken.
@@ -172,7 +172,7 @@ class SiteSettings:
         parameters = {} if self.percent is None else {"percent": self.percent}
         if self.range in (("token_mse", "probability_mse") if is_weight else ("output_mse",)):
             raise ValueError(f"range {self.range!r} is not for {'weights' if is_weight else 'activations'}")
-        if self.is_dynamic(bits) and self.granularity != "channel":
+        if self.is_dynamic(bits):
             return DynamicQuantizer(bits, symmetric=self.symmetric, searched=self.range != "minmax")
         # The weighted searches are the plain one, told how much each error counts.
         plain = "mse" if self.range.endswith("_mse") else self.range
@@ -245,8 +245,8 @@ class Recipe:
     deferred, exponentials that are normalized after the product with the values; rotate: channels are mixed by
     rotations that cancel, those of each attention head or, full, of the residual stream too; reparametrize: ranges per
     channel are moved into the layers before and after where that is exact, and become ranges per tensor: full
-    (RepQ-ViT), searched, as far as the product they enter gains by it, or unrotated, searched where the residual
-    stream is not rotated and not moved where it is; stretch: the ranges of activations are looked for with what
+    (RepQ-ViT), searched, as far as the product they enter gains by it, or unrotated, as searched but where the channels
+    are rotated, which have one range as they are; stretch: the ranges of activations are looked for with what
     enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this for each image.
     The tables range_search, compensation and reconstruction say how these are done. Of those, rotate and reparametrize,
     None: not at all.

@@ -133,24 +133,24 @@ class MeanOverImages:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._squares = 0.0
-        self._images = 0
+        self.num_images = 0
 
     def add(self, x: Tensor) -> None:
         exact = x.double()
         total = exact.sum(0)
         self._sum = total if self._sum is None else self._sum + total
         self._squares += float(exact.square().sum())
-        self._images += len(x)
+        self.num_images += len(x)
 
     def values(self) -> Tensor:
         """Of x [B, ...]: [...]."""
         if self._sum is None:
             raise RuntimeError("no activation passed this site")
-        return self._sum / self._images
+        return self._sum / self.num_images
 
     def energy(self) -> float:
         """The sum of all squares of an image, in the mean."""
-        return self._squares / self._images
+        return self._squares / self.num_images
 
 
 def token_importance(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from calibration import CalibrationSet
 from dfq.errors import UsageError
 from dfq.models import Model
 from dfq.ptq.engine import kept_state
-from dfq.ptq.modules import QuantizedLayer, QuantizedLinear
+from dfq.ptq.modules import QuantizedLayer
 from dfq.ptq.probe import Probe
 from dfq.ptq.sensitivity import NUM_IMAGES, Sensitivity, make_probe, site_trials, summarize
 from dfq.ptq.sites import plan_sites
@@ -112,13 +112,9 @@ def _free_layers(probe: Probe) -> dict[str, tuple[str, ...]]:
 
 def _mean_bytes(probe: Probe, name: str, width: int, sites: Collection[str]) -> int:
     """Of the means of positions of a layer, which are there where its input has ranges per token."""
-    layer = probe.module.get_submodule(name)
-    if not isinstance(layer, QuantizedLinear) or layer.position_mean is None:
+    if name not in probe.means or not probe.is_apart(name, width if f"{name}.input" in sites else None):
         return 0
-    (entering,) = (p for p in probe.planned if p.site.name == f"{name}.input")
-    if not entering.settings.is_dynamic(width if entering.site.name in sites else entering.bits):
-        return 0
-    return sum(tensor.nbytes for tensor in layer.position_mean.buffers())
+    return sum(tensor.nbytes for tensor in probe.means[name].buffers())
 
 
 def _other_bytes(probe: Probe, free: Collection[str]) -> int:

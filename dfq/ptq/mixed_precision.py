@@ -177,7 +177,7 @@ def choose_bits(
         if picked is None:
             smallest = costs.other_bytes + int(sizes.min(1).sum())
             raise DfqError(
-                f"the target is {limit / 1e6:.2f} MB, and with {min(WIDTHS)} bits in every layer the model still takes "
+                f"the target is {limit / 1e6:.2f} MB, and at its smallest the model still takes "
                 f"{smallest / 1e6:.2f} MB, {smallest / costs.largest_bytes:.0%} of its size with {max(WIDTHS)}; allow "
                 "that much"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,7 +17,8 @@ from dfq.models import Model
 from dfq.progress import progress_bar
 from dfq.ptq.engine import check_calibration, prepare
 from dfq.ptq.fitting import fit_sites, joined_tokens, move_ranges, observe, place
-from dfq.ptq.positions import set_positions_apart
+from dfq.ptq.modules import PositionMean
+from dfq.ptq.positions import linear, means_of_positions
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import Bits, Recipe
@@ -55,8 +56,11 @@ class Cost:
 class Probe:
     """An adapted copy of a model, the sites that a recipe quantizes in it, and images to quantize them on.
 
-    Ranges per channel are moved into the layers around them, and means of positions kept apart, where the recipe has it
-    so; ranges are fitted on full-precision activations, values rounded to nearest. Nothing makes up for the error.
+    Ranges per channel are moved into the layers around them, and means of positions kept apart at the bits at which the
+    recipe has it so; ranges are fitted on full-precision activations, values rounded to nearest. Nothing makes up for
+    the error.
+
+    means: by the path of a linear, what is kept apart of its input where that has ranges per token.
     """
 
     @torch.no_grad()
@@ -67,6 +71,7 @@ class Probe:
         self._stages = stages(self.module)
         self._batches = images.batches(batch_size, model.device)
         self._quantizers: dict[tuple[str, int], Quantizer] = {}
+        self.means: dict[str, PositionMean] = {}
         whole = all(keep is None for _, keep in self._batches)
         moved: dict[str, PlannedSite] = {}
         inputs: Sequence[Any] = self._batches
@@ -74,11 +79,16 @@ class Probe:
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(self.module, stage, sites, recipe, inputs, stage.run)
             if whole and stage.module is not None:
-                set_positions_apart(self.module, sites, inputs, stage.run)
+                self.means |= means_of_positions(self.module, sites, inputs, stage.run)
             moved |= {p.site.name: p for p in sites}
             inputs = [stage.run(batch) for batch in inputs]
         self._reference = torch.cat(list(inputs))
         self.planned = [moved[p.site.name] for p in planned]
+        self._entering = {
+            p.site.owner: p for p in self.planned if p.site.slot == "input" and p.site.owner in self.means
+        }
+        for path in self.means:
+            self._set_apart(path, self.is_apart(path))
 
     @torch.no_grad()
     def costs(self, trials: Collection[Trial], *, progress: bool = True) -> dict[Trial, Cost]:
@@ -114,6 +124,28 @@ class Probe:
         weight: Tensor = self.module.get_submodule(layer).weight
         return weight
 
+    def is_apart(self, path: str, bits: int | None = None) -> bool:
+        """Whether a linear that has one of `means` has it in a model in which its input gets so many bits.
+
+        bits: None for those of the run, or of the recipe.
+        """
+        entering = self._entering[path]
+        return entering.settings.is_dynamic(entering.bits if bits is None else bits)
+
+    def _set_apart(self, path: str, apart: bool) -> None:
+        linear(self.module, path).position_mean = self.means[path] if apart else None
+
+    @contextmanager
+    def _apart(self, states: Mapping[str, bool]) -> Iterator[None]:
+        """While it is open, linears have their means or not, by path."""
+        for path, apart in states.items():
+            self._set_apart(path, apart)
+        try:
+            yield
+        finally:
+            for path in states:
+                self._set_apart(path, self.is_apart(path))
+
     def _logits(self, following: Sequence[Stage], inputs: Sequence[Any]) -> Tensor:
         """inputs: of the first stage, batch by batch -> [M, C]."""
         logits = []
@@ -129,12 +161,20 @@ class Probe:
         for name, bits in chain.from_iterable(trials):
             widths[name].add(bits)
         sites = [p for p in self.planned if p.site.name in widths]
-        seen = observe(self.module, sites, None, inputs, stage.run)
+        here = [path for path in self.means if stage.owns(f"{path}.input")]
+        usual = tuple(self.is_apart(path) for path in here)
+        seen = {usual: observe(self.module, sites, None, inputs, stage.run)}
         for bits in sorted(set().union(*widths.values())):
+            apart = tuple(
+                self.is_apart(path, bits if bits in widths.get(f"{path}.input", ()) else None) for path in here
+            )
+            if apart not in seen:
+                with self._apart(dict(zip(here, apart, strict=True))):
+                    seen[apart] = observe(self.module, sites, None, inputs, stage.run)
             at_bits = [replace(p, bits=bits) for p in sites if bits in widths[p.site.name]]
-            for name, quantizer in fit_sites(self.module, at_bits, seen).items():
+            for name, quantizer in fit_sites(self.module, at_bits, seen[apart]).items():
                 self._quantizers[name, bits] = quantizer
-        return seen.outputs
+        return seen[usual].outputs
 
     def _parameters(self, site: str) -> list[nn.Parameter]:
         """Learned tensors that are quantized as an activation, or with one."""
@@ -148,6 +188,8 @@ class Probe:
             for name, bits in trial:
                 quantizer = self._quantizers[name, bits]
                 owner, _, slot = name.rpartition(".")
+                if slot == "input" and owner in self.means:
+                    undo.enter_context(self._apart({owner: self.is_apart(owner, bits)}))
                 for parameter in self._parameters(name):
                     undo.callback(parameter.copy_, parameter.clone())
                 if owner:

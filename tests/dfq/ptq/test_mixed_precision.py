@@ -158,6 +158,27 @@ def test_sizes_are_those_of_packed_integers_and_of_means_of_positions(costs: Lay
     assert proj.sizes == {4: 64 * 64 // 2, 6: 64 * 64 * 3 // 4, 8: 64 * 64}
 
 
+def test_means_of_positions_count_where_only_fewer_bits_than_the_run_has_have_them(
+    reference: Model, noise: CalibrationSet
+) -> None:
+    base = load_recipe(DEFAULT_RECIPE)
+    sites = {
+        name: changes | ({"dynamic_up_to": 5} if "dynamic_up_to" in changes else {})
+        for name, changes in base.sites.items()
+    }
+    recipe = replace(base, sites=sites)
+    costs = layer_costs(reference, "w4a6", calibration=noise, recipe=recipe, num_images=8, progress=False)
+    chosen = {layer.name: 4 if layer.name == "blocks.0.attn.qkv" else 6 for layer in costs.layers}
+    few, *others = costs.layers
+    assert few.sizes[4] > 64 * 192 // 2
+    assert (few.sizes[6], few.sizes[8]) == (64 * 192 * 3 // 4, 64 * 192)
+    mixed = with_bits(recipe, {site: chosen[layer.name] for layer in costs.layers for site in layer.sites})
+    quantized = dfq.quantize(reference, "w4a6", calibration=noise, recipe=mixed, progress=False)
+    assert any(name.startswith("blocks.0.attn.qkv.position_mean") for name in quantized.tensors())
+    expected = costs.other_bytes + few.sizes[4] + sum(layer.sizes[6] for layer in others)
+    assert quantized.weight_bytes == pytest.approx(expected, rel=0.005)
+
+
 def test_a_size_in_bytes(mixed: MixedPrecision) -> None:
     again = choose_bits(mixed.costs, target_size=mixed.weight_bytes)
     assert (again.bits, again.kl, again.measured) == (mixed.bits, mixed.kl, mixed.measured)
@@ -217,7 +238,7 @@ def test_targets_that_make_no_sense(reference: Model, noise: CalibrationSet, cos
     refused(UsageError, "either a target size or a target drop", target_size=0.5, target_drop=1.0)
     refused(UsageError, "target size must be a positive number, not 0", target_size=0.0)
     refused(UsageError, "target drop must be a positive number, not nan", target_drop=float("nan"))
-    refused(DfqError, r"the target is 0\.01 MB, and with 4 bits in every layer the model still takes", target_size=1e4)
+    refused(DfqError, r"the target is 0\.01 MB, and at its smallest the model still takes", target_size=1e4)
     refused(DfqError, r"points at least, .* and the target is 1e-09", target_drop=1e-9)
     with pytest.raises(UsageError, match="fixes the bits of every layer"):
         mixed_precision(reference, target_size=0.5, calibration=noise, recipe=everything_fixed())

@@ -56,7 +56,7 @@ def test_the_mean_over_images_and_what_the_weights_make_of_it() -> None:
     # Two images of two positions: their means are (2, 0) and (4, 0).
     tokens = torch.tensor([[[1.0, 1.0], [3.0, -1.0]], [[3.0, -1.0], [5.0, 1.0]]])
     weight = torch.tensor([[0.5, 1.0], [0.0, 2.0], [-1.0, 0.0]])
-    mean = mean_of(apart(weight, [tokens[:1], tokens[1:]]))
+    mean = mean_of(apart(weight, [tokens[:1], tokens[1:], tokens]))
     torch.testing.assert_close(mean.common(), torch.tensor([[2.0, 0.0], [4.0, 0.0]]), rtol=1e-3, atol=1e-3)
     product = torch.tensor([[1.0, 0.0, -2.0], [2.0, 0.0, -4.0]])
     torch.testing.assert_close(mean.product(), product, rtol=1e-3, atol=1e-3)
@@ -76,8 +76,14 @@ def test_the_rank_is_what_the_recipe_allows(rank: int) -> None:
 
 def test_what_is_hardly_there_is_left() -> None:
     content = randn(1, 20, 12)
-    tokens = torch.cat([content, -content]) + 0.01 * randn(20, 12, seed=1)
+    tokens = torch.cat([content, -content] * 2) + 0.01 * randn(20, 12, seed=1)
     assert apart(randn(6, 12, seed=2), [tokens]).position_mean is None
+
+
+@pytest.mark.parametrize(("num_images", "there"), [(3, False), (4, True)])
+def test_a_few_images_say_nothing_of_others(num_images: int, there: bool) -> None:
+    layer = apart(randn(6, 12, seed=2), [randn(20, 12).expand(num_images, 20, 12)])
+    assert (layer.position_mean is not None) is there
 
 
 @torch.no_grad()
@@ -128,6 +134,17 @@ def test_there_is_none_for_static_ranges_nor_where_patches_are_missing(
     mask[:, :2] = not sparse
     quantized = dfq.quantize(tiny(), bits, calibration=images_for(6, mask), recipe=recipe(8), progress=False)
     assert not any("position_mean" in name for name in quantized.tensors())
+
+
+@pytest.mark.parametrize("norm_layer", ["layernorm", "rmsnorm"])
+def test_there_is_none_where_each_channel_has_a_range(
+    norm_layer: str, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    """An RMSNorm has no offset, so ranges per channel are not moved into it, and stay."""
+    quantized = dfq.quantize(tiny(norm_layer=norm_layer), "w4a4", calibration=images_for(6), progress=False)
+    scales = quantized.sites["blocks.0.attn.qkv.input"].tensors().get("scale", torch.ones(1))
+    assert len(scales) == (24 if norm_layer == "rmsnorm" else 1)
+    assert any("position_mean" in name for name in quantized.tensors()) is (norm_layer == "layernorm")
 
 
 def test_it_is_saved_and_exported_with_the_model(

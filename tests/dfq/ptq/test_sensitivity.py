@@ -20,7 +20,7 @@ from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
 from dfq.ptq.modules import PositionMean
-from dfq.ptq.probe import Cost, Probe
+from dfq.ptq.probe import Cost, Probe, Trial
 from dfq.ptq.sensitivity import Sensitivity, SiteCost, sensitivity, site_trials
 from dfq.recipe import DEFAULT_RECIPE, load_recipe, parse_bits
 from quantizers import PerAxis, Quantizer, UniformQuantizer
@@ -141,6 +141,27 @@ def test_weights_meet_no_means_of_positions(reference: Model, noise: Calibration
     images = pixels(noise)
     expected = kl_between(reference(images), module(images))
     assert probe.costs([trial], progress=False)[trial].kl == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("run", [4, 8])
+def test_means_of_positions_are_apart_at_the_bits_that_have_them(
+    run: int, reference: Model, noise: CalibrationSet
+) -> None:
+    """Whatever the bits of the run: a trial costs what it would in a model made with its bits."""
+    layer, base = "blocks.1.mlp.fc1", load_recipe("paper")
+    few, many = (((f"{layer}.input", bits), (f"{layer}.weight", bits)) for bits in (4, 6))
+
+    def costs(run: int, rank: int) -> dict[Trial, Cost]:
+        inputs = {f"{layer}.input": {"dynamic_up_to": 5, "position_rank": rank}}
+        recipe = replace(base, sites=base.sites | inputs)
+        probe = Probe(reference, parse_bits(f"w{run}a{run}"), recipe, noise, batch_size=8)
+        return probe.costs([few, many], progress=False)
+
+    found, without, other = costs(run, 8), costs(run, 0), costs(12 - run, 8)
+    assert found[few].kl < 0.9 * without[few].kl
+    assert found[many].kl == pytest.approx(without[many].kl, rel=1e-3)
+    for trial in (few, many):
+        assert found[trial].kl == pytest.approx(other[trial].kl, rel=1e-3)
 
 
 def test_ranges_per_channel_are_moved_first(reference: Model, noise: CalibrationSet) -> None:
