@@ -75,12 +75,12 @@ class PositionMean(nn.Module):
         return cls(positions.half(), taken, (taken.to(weight.dtype) @ weight.T).half())
 
     def common(self) -> Tensor:
-        """[N, in], fp32."""
+        """[N, in], fp32, or what autocast makes of it."""
         mean: Tensor = self.positions.float() @ self.taken.float()
         return mean
 
     def product(self) -> Tensor:
-        """What the exact weights make of it: [N, out], fp32."""
+        """What the exact weights make of it: [N, out], likewise."""
         product: Tensor = self.positions.float() @ self.given.float()
         return product
 
@@ -98,6 +98,11 @@ class QuantizedLinear(QuantizedLayer):
         y = F.linear(self.input(x if mean is None else x - mean.common()), self.weight, self.bias)
         out: Tensor = self.output(y if mean is None else y + mean.product())
         return out
+
+
+def takes_all_positions(network: nn.Module) -> bool:
+    """Whether it cannot be shown some of the patches alone, having a `PositionMean` somewhere."""
+    return any(isinstance(layer, QuantizedLinear) and layer.position_mean is not None for layer in network.modules())
 
 
 class QuantizedConv2d(QuantizedLayer):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from calibration import CalibrationSet
+from dfq.errors import DfqError
 from dfq.models import Model
 from dfq.progress import progress_bar
 from dfq.ptq.engine import QuantizedModel, check_calibration, prepare
-from dfq.ptq.modules import QuantizedLayer
+from dfq.ptq.modules import QuantizedLayer, takes_all_positions
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import parse_bits
 from dfq.statistics import sqnr_db
@@ -83,9 +84,14 @@ def measure(
     original: what `quantized` was made from, on its device. Its channels are rotated as the recipe rotated the
     others', so that what blocks give can be compared; channels of v may have been rescaled since, and are left out.
 
-    Raises DfqError where the set was made for other images.
+    Raises DfqError where the set was made for other images, or is sparse and the model takes all patches.
     """
     network = quantized.module
+    if images.is_sparse and takes_all_positions(network):
+        raise DfqError(
+            "the calibration set keeps some patches of its images only, and this model has means of all positions: "
+            "give a set of whole images"
+        )
     slots = {name: module for name, module in network.named_modules() if name in quantized.sites}
     turns = count()
     roundings = {name: _Rounding(turns) for name in slots}

@@ -20,6 +20,7 @@ from calibration.passes import low_precision
 from calibration.team import team
 from calibration.tokens import PatchGrid, keep_of_mask, token_gather
 from dfq.models import Network
+from dfq.ptq.modules import takes_all_positions
 
 BATCH = 32
 """Images that pass a network at once where no gradient is taken."""
@@ -41,8 +42,9 @@ GROUNDS = 64
 class View:
     """A network, and how it is shown pictures: in its own normalisation, patches that are not kept in the mean colour.
 
-    A VisionTransformer whose patches are those of the pictures is given the kept ones alone. To no network do the two
-    come to the same: a token that is there is attended to, whatever its colour. dtype: of the passes.
+    A VisionTransformer whose patches are those of the pictures is given the kept ones alone, unless it is quantized
+    with means of positions apart. To no network do the two come to the same: a token that is there is attended to,
+    whatever its colour. dtype: of the passes.
     """
 
     network: Network
@@ -59,7 +61,8 @@ class View:
             if not bool(mask.all()):
                 grid = PatchGrid.tiling(images, mask)
                 pixels = pixels * grid.to_pixels(mask)
-                if isinstance(module, VisionTransformer) and PatchGrid.of(module) == grid:
+                some = isinstance(module, VisionTransformer) and not takes_all_positions(module)
+                if some and PatchGrid.of(module) == grid:
                     stack.enter_context(token_gather(module)).keep = keep_of_mask(mask)
             return network(pixels).float()
 

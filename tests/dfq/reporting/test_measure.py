@@ -97,6 +97,16 @@ def test_sparse_images(tiny: Callable[..., Model], images_for: Callable[..., Cal
     assert found.stages[-1].sqnr_db > 10
 
 
+def test_sparse_images_are_refused_where_positions_have_means(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    mask = torch.zeros(4, 4, 4, dtype=torch.bool)
+    mask[:, 1:3] = True
+    quantized = dfq.quantize(tiny(), "w4a4", calibration=images_for(8), progress=False)
+    with pytest.raises(DfqError, match="keeps some patches of its images only"):
+        measure(quantized, images_for(4, mask), progress=False)
+
+
 def test_images_of_another_normalisation_are_refused(
     noise: CalibrationSet, w4a8: QuantizedModel, tiny: Callable[..., Model]
 ) -> None:

@@ -150,6 +150,21 @@ def test_a_quantized_student_on_images_that_keep_different_numbers_of_patches(
     assert any(not torch.equal(before[name], tensor) for name, tensor in quantized.tensors().items())
 
 
+def test_a_quantized_student_that_takes_all_positions_sees_whole_images(
+    tiny: Callable[..., Model], images_for: Images
+) -> None:
+    """What keeps means of positions apart cannot do without some of them: the others are in the mean colour, zeros."""
+    teacher = tiny(seed=1)
+    quantized = dfq.quantize(teacher, "w4a4", calibration=images_for(8), progress=False)
+    mask = torch.ones(5, 4, 4, dtype=torch.bool)
+    mask[:, :2] = False
+    images = images_for(5, mask)
+    shown = images.batches(5, torch.device("cpu"))[0][0].clone()
+    shown[:, :, :16] = 0
+    found = View(quantized, torch.float32)(images.images, images.mask)
+    torch.testing.assert_close(found, quantized(shown))
+
+
 def test_norms_over_batches_move_only_where_everything_is_trained(
     tiny: Callable[..., Model], images_for: Images
 ) -> None:
