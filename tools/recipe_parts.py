@@ -91,7 +91,8 @@ def no_reconstruction(recipe: Recipe) -> Recipe:
 
 
 # In the order in which they are added. No two take out the same key with the same value, so that any can go without
-# the others, and in any order; but means of positions go with ranges per token.
+# the others, and in any order; but means of positions go with ranges per token, and where channels are rotated none are
+# rescaled: the rotation takes the place of that when it is added, and leaves it to it when it goes.
 PARTS: dict[str, Callable[[Recipe], Recipe]] = {
     "grids": no_grids,
     "outliers apart": no_outliers_apart,

@@ -8,7 +8,8 @@ accuracy_table.py; as many as the recipe asks for) and are measured on the same 
 their KL(full precision || quantized) is known better than either: its standard error is that of the mean over pairs.
 No labels are needed.
 
-Every trial is one line of JSON in --results; lines that are there are not made again. What the recipe as it is costs
+Every trial is one line of JSON in --results; lines that are there are not made again, whatever has become of the recipe
+since: it is known by its name. What the recipe as it is costs
 on each image lies beside them. In the end all tables are printed; --markdown makes nothing and prints them; --write
 FILE.md puts them into a page, between `<!-- recipe trials: RESULTS.jsonl -->` and `<!-- end -->`.
 """
@@ -98,6 +99,9 @@ def main() -> None:
     if shown(arguments, lines, to_markdown, with_tables):
         return
     recipe = load_recipe(arguments.recipe)
+    for name in arguments.trials:
+        if name != AS_IT_IS and CHANGES[name](recipe) == recipe:
+            raise SystemExit(f"{name!r} changes nothing in the recipe {recipe.name}: there is nothing to try")
     common = {"source": arguments.source, "seed": arguments.seed, "recipe": recipe.name}
     trials = [AS_IT_IS, *(name for name in arguments.trials if name != AS_IT_IS)]
     wanted = [common | {"bits": bits, "trial": trial} for bits in arguments.bits for trial in trials]

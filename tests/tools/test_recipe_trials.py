@@ -51,7 +51,7 @@ def test_a_run_goes_on_and_its_table_goes_into_a_page(
 ) -> None:
     results = tmp_path / "out" / "r.jsonl"
     command = ["recipe_trials.py", "--model", "reference", "--images", str(digits), "--results", str(results)]
-    command += ["--source", "gaussian:8", "--limit", "20", "--recipe", "repq", "--bits", "w3a3"]
+    command += ["--source", "gaussian:8", "--limit", "20", "--bits", "w3a3"]
     quantize, made = dfq.quantize, []
     monkeypatch.setattr(dfq, "quantize", lambda *args, **kwargs: made.append(1) or quantize(*args, **kwargs))
     for trials in (["channels rescaled too"], ["channels rescaled too", "no rotation"]):
@@ -60,12 +60,15 @@ def test_a_run_goes_on_and_its_table_goes_into_a_page(
     assert len(made) == 3
     lines = [json.loads(text) for text in results.read_text().splitlines()]
     assert [line["trial"] for line in lines] == ["as it is", "channels rescaled too", "no rotation"]
-    usual, moved, nothing = lines
-    assert moved["difference"] == pytest.approx(moved["kl"] - usual["kl"])
-    assert moved["standard_error"] > 0
-    # The recipe rotates nothing.
-    for line in (usual, nothing):
-        assert (line["difference"], line["standard_error"]) == (0, 0)
+    usual, *others = lines
+    assert (usual["difference"], usual["standard_error"]) == (0, 0)
+    for line in others:
+        assert line["difference"] == pytest.approx(line["kl"] - usual["kl"])
+        assert line["standard_error"] > 0
+    moved = others[0]
+    monkeypatch.setattr("sys.argv", [*command, "--recipe", "repq", "--trials", "no rotation"])
+    with pytest.raises(SystemExit, match="'no rotation' changes nothing in the recipe repq"):
+        tool.main()
     capsys.readouterr()
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- recipe trials: r.jsonl -->\nold\n<!-- end -->\nb\n")
