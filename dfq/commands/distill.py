@@ -34,7 +34,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--train",
         default="linear",
         metavar="PART",
-        help="linear: a new classifier alone; last-K: also K layers below it; full: all of it (default: %(default)s)",
+        help="linear: a new classifier alone; last-K: also K layers below it; full: all of it, as a quantized student needs "
+        "(default: %(default)s)",
     )
     training.add_argument(
         "--rounds", type=positive, default=10, metavar="N", help="of making images and training (default: %(default)s)"
@@ -89,7 +90,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="train on sets that `dfq generate` made, and make no other",
     )
-    group.add_argument(
+    measured = parser.add_argument_group("what is measured besides agreement (default: nothing)")
+    measured.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="labelled, one folder per class, to measure teacher and student on"
     )
     add_image_options(parser, num_images=32, trace=False, methods=("waves",))
