@@ -34,8 +34,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--train",
         default="linear",
         metavar="PART",
-        help="linear: a new classifier alone; last-K: also K layers below it; full: all of it, as a quantized student needs "
-        "(default: %(default)s)",
+        help="linear: a new classifier alone; last-K: also K layers below it; full: all of it, which a quantized "
+        "student needs (default: %(default)s)",
     )
     training.add_argument(
         "--rounds", type=positive, default=10, metavar="N", help="of making images and training (default: %(default)s)"
