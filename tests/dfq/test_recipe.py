@@ -210,7 +210,10 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"reparametrize": True}, r"reparametrize must be one of 'full', 'searched', 'unrotated', not True"),
+        (
+            {"reparametrize": True},
+            r"mine\.toml: reparametrize must be one of 'full', 'searched', 'unrotated', not True",
+        ),
         ({"rotate": "residual"}, r"mine\.toml: rotate must be one of 'heads', 'full', not 'residual'"),
         ({"softmax": "late"}, r"mine\.toml: softmax must be one of 'normalized', 'deferred', not 'late'"),
         ({"range_search": {"operands": "weights"}}, "operands must be one of 'both', 'activations', not 'weights'"),
