@@ -126,7 +126,6 @@ def quantize(
     images = _calibration_images(model, calibration, chosen.num_images)
     batches = images.batches(batch_size, model.device)
 
-    whole = all(keep is None for _, keep in batches)
     dampings = () if chosen.compensation is None else chosen.compensation.damping
     gradients: dict[str, list[Tensor]] = {}
     powers = [part.gradient for part in (chosen.compensation, chosen.reconstruction) if part is not None]
@@ -162,7 +161,7 @@ def quantize(
             if chosen.stretch > 0 and stage.module is not None:
                 looked_at = stretched(inputs, chosen.stretch, stage.name)
             sites = move_ranges(module, stage, sites, chosen, looked_at, run, gradients)
-            if whole and stage.module is not None:
+            if stage.module is not None and not images.is_sparse:
                 set_positions_apart(module, sites, inputs, run)
             seen = observe_apart(module, sites, chosen.compensation, inputs, looked_at, run, gradients)
             found = fit_sites(module, sites, seen)

@@ -72,13 +72,12 @@ class Probe:
         self._batches = images.batches(batch_size, model.device)
         self._quantizers: dict[tuple[str, int], Quantizer] = {}
         self.means: dict[str, PositionMean] = {}
-        whole = all(keep is None for _, keep in self._batches)
         moved: dict[str, PlannedSite] = {}
         inputs: Sequence[Any] = self._batches
         for stage in self._stages:
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(self.module, stage, sites, recipe, inputs, stage.run)
-            if whole and stage.module is not None:
+            if stage.module is not None and not images.is_sparse:
                 self.means |= means_of_positions(self.module, sites, inputs, stage.run)
             moved |= {p.site.name: p for p in sites}
             inputs = [stage.run(batch) for batch in inputs]
