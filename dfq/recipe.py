@@ -41,6 +41,7 @@ Rotation = Literal["heads", "full"]
 Softmax = Literal["normalized", "deferred"]
 Reparametrization = Literal["full", "searched", "unrotated"]
 Rounding = Literal["ste", "adaround"]
+Background = Literal["none", "leaves"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
 _WEIGHT_AXES = {"channel": 0}
@@ -247,7 +248,8 @@ class Recipe:
     channel are moved into the layers before and after where that is exact, and become ranges per tensor: full
     (RepQ-ViT), searched, as far as the product they enter gains by it, or unrotated, as searched but where the channels
     are rotated, which have one range as they are; stretch: the ranges of activations are looked for with what
-    enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this for each image.
+    enters a block moved away from its mean over images, by a share of its distance drawn from 0 to this for each image;
+    background: of sparse images, whose kept patches are run alone (none) or stand in front of dead leaves.
     The tables range_search, compensation and reconstruction say how these are done. Of those, rotate and reparametrize,
     None: not at all.
     """
@@ -264,6 +266,7 @@ class Recipe:
     rotate: Rotation | None = None
     reparametrize: Reparametrization | None = None
     stretch: float = 0.0
+    background: Background = "none"
     range_search: OutputSearch | None = None
     compensation: Compensation | None = None
     reconstruction: Reconstruction | None = None
@@ -286,7 +289,7 @@ class Recipe:
             value[part] = {
                 f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None
             }
-        value |= {"num_images": self.num_images, "softmax": self.softmax, "stretch": self.stretch}
+        value |= {key: getattr(self, key) for key in ("num_images", "softmax", "stretch", "background")}
         for key in ("rotate", "reparametrize"):
             if getattr(self, key) is not None:
                 value[key] = getattr(self, key)
@@ -340,7 +343,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
     first_last = content.get("first_last_bits")
     if first_last is not None:
         _check_value("first_last_bits", first_last, where)
-    for key in ("num_images", "softmax", "rotate", "reparametrize", "stretch"):
+    for key in ("num_images", "softmax", "rotate", "reparametrize", "stretch", "background"):
         if key in content:
             _check_value(key, content[key], where)
     for part in ("weights", "activations", "sites", *_ALGORITHMS):
@@ -372,6 +375,7 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
         rotate=content.get("rotate"),
         reparametrize=content.get("reparametrize"),
         stretch=content.get("stretch", 0.0),
+        background=content.get("background", "none"),
         **{table: _algorithm(kind, content.get(table), f"{where}, {table}") for table, kind in _ALGORITHMS.items()},
     )
 
@@ -420,6 +424,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "softmax": ("normalized", "deferred"),
     "rotate": ("heads", "full"),
     "reparametrize": ("full", "searched", "unrotated"),
+    "background": ("none", "leaves"),
     "error": ("output", "fisher"),
     "operands": ("both", "activations"),
     "rounding": ("ste", "adaround"),

@@ -90,6 +90,7 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "no rotation": recipe_parts.no_rotation,
     "channels rescaled too": lambda recipe: replace(recipe, reparametrize="searched"),
     "no compensation": recipe_parts.no_compensation,
+    "kept patches alone": lambda recipe: replace(recipe, background="none"),
 }
 
 

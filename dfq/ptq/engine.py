@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from calibration import CalibrationSet, load_calibration_set
+from calibration.background import with_leaves
 from calibration.tokens import PatchGrid
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model, Network
@@ -107,9 +108,9 @@ def quantize(
 
     Where the recipe says so, channels are rotated first (`rotate`), and the position embedding is rounded to float16
     (`prepare`). The network is then walked once, stage by stage (stem, each block, head), in full precision ("parallel"
-    calibration, PTQ4ViT, section 3.3; on the kept patches only where the set is sparse). In each stage ranges per
+    calibration, PTQ4ViT, section 3.3), on sparse images as the recipe shows them (`as_shown`). In each stage ranges per
     channel are first moved where that costs nothing (`reparametrize`), and what positions have in common is kept from
-    rounding (`set_positions_apart`; not where the set is sparse). Then all ranges are found, by the error of each
+    rounding (`set_positions_apart`; not where patches are run alone). Then all ranges are found, by the error of each
     tensor and, where the recipe says so, by that of the products (`search_stage`); activations get their quantizers and
     weights their integers. What the recipe tunes by gradients is tuned afterwards (`reconstruct`).
 
@@ -123,7 +124,7 @@ def quantize(
     module, planned = prepare(model, widths, chosen)
     chain = stages(module)
     kept = None if resume is None else _resume_file(Path(resume))
-    images = _calibration_images(model, calibration, chosen.num_images)
+    images = as_shown(_calibration_images(model, calibration, chosen.num_images), chosen)
     batches = images.batches(batch_size, model.device)
 
     dampings = () if chosen.compensation is None else chosen.compensation.damping
@@ -226,6 +227,11 @@ def _calibration_images(
     images = calibration if isinstance(calibration, CalibrationSet) else load_calibration_set(calibration)
     check_calibration(model, images)
     return images
+
+
+def as_shown(images: CalibrationSet, recipe: Recipe) -> CalibrationSet:
+    """A set as networks see it under a recipe: sparse images on their background, if they are to have one."""
+    return with_leaves(images) if recipe.background == "leaves" else images
 
 
 def check_calibration(model: Model, images: CalibrationSet) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calibration import CalibrationSet
 from dfq.models import Model
 from dfq.progress import progress_bar
-from dfq.ptq.engine import check_calibration, prepare
+from dfq.ptq.engine import as_shown, check_calibration, prepare
 from dfq.ptq.fitting import fit_sites, joined_tokens, move_ranges, observe, place
 from dfq.ptq.modules import PositionMean
 from dfq.ptq.positions import linear, means_of_positions
@@ -67,9 +67,9 @@ class Probe:
     def __init__(self, model: Model, bits: Bits, recipe: Recipe, images: CalibrationSet, batch_size: int) -> None:
         self.module, planned = prepare(model, bits, recipe)
         check_calibration(model, images)
-        self.model, self.bits, self.recipe, self.images = model.name, bits, recipe, images
+        self.model, self.bits, self.recipe, self.images = model.name, bits, recipe, as_shown(images, recipe)
         self._stages = stages(self.module)
-        self._batches = images.batches(batch_size, model.device)
+        self._batches = self.images.batches(batch_size, model.device)
         self._quantizers: dict[tuple[str, int], Quantizer] = {}
         self.means: dict[str, PositionMean] = {}
         moved: dict[str, PlannedSite] = {}
@@ -77,7 +77,7 @@ class Probe:
         for stage in self._stages:
             sites = [p for p in planned if stage.owns(p.site.name)]
             sites = move_ranges(self.module, stage, sites, recipe, inputs, stage.run)
-            if stage.module is not None and not images.is_sparse:
+            if stage.module is not None and not self.images.is_sparse:
                 self.means |= means_of_positions(self.module, sites, inputs, stage.run)
             moved |= {p.site.name: p for p in sites}
             inputs = [stage.run(batch) for batch in inputs]

@@ -16,7 +16,7 @@ from calibration import CalibrationSet
 from dfq.errors import DfqError
 from dfq.models import Model
 from dfq.progress import progress_bar
-from dfq.ptq.engine import QuantizedModel, check_calibration, prepare
+from dfq.ptq.engine import QuantizedModel, as_shown, check_calibration, prepare
 from dfq.ptq.modules import QuantizedLayer, takes_all_positions
 from dfq.ptq.stages import Stage, stages
 from dfq.recipe import parse_bits
@@ -81,12 +81,14 @@ def measure(
 ) -> Measured:
     """Run both networks in step over a set, and compare them where they are meant to give the same.
 
+    images: seen as in calibration, sparse ones on the background that the recipe gives them.
     original: what `quantized` was made from, on its device. Its channels are rotated as the recipe rotated the
     others', so that what blocks give can be compared; channels of v may have been rescaled since, and are left out.
 
     Raises DfqError where the set was made for other images, or is sparse and the model takes all patches.
     """
     network = quantized.module
+    images = as_shown(images, quantized.recipe)
     if images.is_sparse and takes_all_positions(network):
         raise DfqError(
             "the calibration set keeps some patches of its images only, and this model has means of all positions: "

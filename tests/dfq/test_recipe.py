@@ -177,6 +177,7 @@ ALGORITHMS = {
     "softmax": "deferred",
     "rotate": "heads",
     "reparametrize": "full",
+    "background": "leaves",
     "range_search": {"error": "output", "operands": "activations", "rounds": 2, "images": 7},
     "compensation": {"evenness": 0.25, "damping": [0.01, 1.0]},
     "reconstruction": {"rounding": "adaround", "iterations": 5, "batch_size": 3, "weight_rate": 1e-4, "drop": 0.0},
@@ -186,6 +187,7 @@ ALGORITHMS = {
 def test_algorithms_and_their_settings() -> None:
     recipe = made(ALGORITHMS)
     assert (recipe.num_images, recipe.softmax, recipe.rotate, recipe.reparametrize) == (48, "deferred", "heads", "full")
+    assert recipe.background == "leaves"
     assert recipe.range_search == OutputSearch(error="output", operands="activations", rounds=2, images=7)
     assert recipe.compensation == Compensation(evenness=0.25, damping=(0.01, 1.0))
     tuned = Reconstruction(rounding="adaround", iterations=5, batch_size=3, weight_rate=1e-4, drop=0.0)
@@ -198,7 +200,7 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
     algorithms = ("rotate", "reparametrize", "range_search", "compensation", "reconstruction")
     assert [getattr(recipe, name) for name in algorithms] == [None] * 5
     assert not set(algorithms) & recipe.to_dict().keys()
-    assert recipe.softmax == "normalized"
+    assert (recipe.softmax, recipe.background) == ("normalized", "none")
     recipe = made({"range_search": {}, "compensation": {}, "reconstruction": {}})
     assert (recipe.range_search, recipe.compensation, recipe.reconstruction) == (
         OutputSearch(),
@@ -216,6 +218,7 @@ def test_without_a_table_there_is_no_algorithm_and_an_empty_one_has_the_usual_se
         ),
         ({"rotate": "residual"}, r"mine\.toml: rotate must be one of 'heads', 'full', not 'residual'"),
         ({"softmax": "late"}, r"mine\.toml: softmax must be one of 'normalized', 'deferred', not 'late'"),
+        ({"background": "blank"}, r"mine\.toml: background must be one of 'none', 'leaves', not 'blank'"),
         ({"range_search": {"operands": "weights"}}, "operands must be one of 'both', 'activations', not 'weights'"),
         ({"weights": {"range": "probability_mse"}}, "range 'probability_mse' is not for weights"),
         ({"num_images": 0}, "num_images must be a whole number from 1 to 1048576, not 0"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dfq
+from calibration.background import with_leaves
 from calibration.calibration_set import CalibrationSet
 from dfq.datasets import reference_digits
 from dfq.errors import DfqError, UnsupportedModelError, UsageError
@@ -20,7 +21,7 @@ from dfq.evaluation import evaluate
 from dfq.models import Model
 from dfq.ptq.engine import kept_state, prepare
 from dfq.ptq.modules import QuantizedConv2d, QuantizedLinear
-from dfq.recipe import load_recipe, parse_bits, recipe_from_dict
+from dfq.recipe import load_recipe, parse_bits, preset_names, recipe_from_dict
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -41,6 +42,27 @@ def test_bits_of_recipes_with_and_without_an_exception(
     assert fast.sites["blocks.0.attn.softmax"].bits == 6
     assert {q.bits for name, q in paper.sites.items() if name.endswith("weight")} == {4}
     assert {q.bits for name, q in paper.sites.items() if not name.endswith("weight")} == {6}
+
+
+@pytest.mark.parametrize(("background", "seen"), [("leaves", True), ("none", False)])
+def test_sparse_images_stand_in_front_of_what_the_recipe_says(
+    background: Any, seen: bool, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    mask = torch.zeros(6, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    model, images, recipe = tiny(), images_for(6, mask), replace(load_recipe("fast"), background=background)
+    sparse, filled = (
+        dfq.quantize(model, "w4a4", calibration=each, recipe=recipe, progress=False).tensors()
+        for each in (images, with_leaves(images))
+    )
+    assert (sparse.keys() == filled.keys() and all(torch.equal(sparse[name], filled[name]) for name in sparse)) is seen
+    # Where some patches are run alone, positions have no means.
+    assert any("position_mean" in name for name in sparse) is seen
+
+
+def test_presets_but_for_published_ones_have_leaves_behind_sparse_images() -> None:
+    grounds = {name: load_recipe(name).background for name in preset_names()}
+    assert {name for name, background in grounds.items() if background == "leaves"} == {"fast", "accurate", "deploy"}
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])

@@ -16,6 +16,7 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor, nn
 
 import dfq
+from calibration.background import with_leaves
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
@@ -311,9 +312,15 @@ def test_activations_that_are_not_finite(tiny: Callable[..., Model], images_for:
         sensitivity(model, calibration=images_for(), progress=False)
 
 
-def test_sparse_images(tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]) -> None:
+@pytest.mark.parametrize(("recipe", "filled"), [("fast", True), ("paper", False)])
+def test_sparse_images(
+    recipe: str, filled: bool, tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
     mask = torch.ones(5, 4, 4, dtype=torch.bool)
     mask[:2, :2] = False
-    result = sensitivity(tiny(), calibration=images_for(mask=mask), progress=False)
+    images = images_for(mask=mask)
+    result = sensitivity(tiny(), calibration=images, recipe=recipe, progress=False)
     assert result.num_images == 5
     assert result.together.kl > 0
+    other = sensitivity(tiny(), calibration=with_leaves(images), recipe=recipe, progress=False)
+    assert (other.together == result.together) is filled

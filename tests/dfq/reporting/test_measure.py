@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dfq
 from calibration import CalibrationSet
+from calibration.background import with_leaves
 from dfq.errors import DfqError
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
+from dfq.recipe import load_recipe
 from dfq.reporting.measure import measure
 
 
@@ -97,12 +100,25 @@ def test_sparse_images(tiny: Callable[..., Model], images_for: Callable[..., Cal
     assert found.stages[-1].sqnr_db > 10
 
 
+def test_sparse_images_are_seen_as_in_calibration(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    mask = torch.zeros(8, 4, 4, dtype=torch.bool)
+    mask[:, 1:3] = True
+    model, images = tiny(), images_for(8, mask)
+    quantized = dfq.quantize(model, "w4a4", calibration=images, progress=False)
+    assert measure(quantized, images, model, progress=False) == measure(
+        quantized, with_leaves(images), model, progress=False
+    )
+
+
 def test_sparse_images_are_refused_where_positions_have_means(
     tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
 ) -> None:
     mask = torch.zeros(4, 4, 4, dtype=torch.bool)
     mask[:, 1:3] = True
-    quantized = dfq.quantize(tiny(), "w4a4", calibration=images_for(8), progress=False)
+    recipe = replace(load_recipe("fast"), background="none")
+    quantized = dfq.quantize(tiny(), "w4a4", calibration=images_for(8), recipe=recipe, progress=False)
     with pytest.raises(DfqError, match="keeps some patches of its images only"):
         measure(quantized, images_for(4, mask), progress=False)
 
