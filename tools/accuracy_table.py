@@ -272,17 +272,21 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         threads = sorted({line["threads"] for line in own if "threads" in line})
         seeds = sorted({line["seed"] for line in own})
         memory = max((line.get("peak_memory_mb", 0) for line in own), default=0)
-        machines = " and ".join(dict.fromkeys(line["machine"] for line in own))
         blocks.append(
             "\nSeconds: of making the images, and of quantizing, the most of a row"
             + (f"; its peak memory beyond the model is at most {memory} MB" if memory else "")
-            + f". Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {machines}"
+            + f". Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {machines(own)}"
             + "".join(f", {count} of them used" for count in threads)
             + "; "
             + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
             + ".\n"
         )
     return "\n".join(blocks)
+
+
+def machines(lines: list[dict[str, Any]]) -> str:
+    """Those that the lines were measured on, each once."""
+    return " and ".join(dict.fromkeys(line["machine"] for line in lines))
 
 
 def calibration_text(line: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from accuracy_table import (
     calibration_set,
     calibration_text,
     machine,
+    machines,
     parsed,
     read_lines,
     shown,
@@ -158,7 +159,7 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
             blocks.append(f"| {' | '.join(cells)} |")
         first = own[0]
         blocks.append(
-            f"\n±: standard error over pairs of images. Seed {first['seed']}; {first['machine']}, {first['threads']} "
+            f"\n±: standard error over pairs of images. Seed {first['seed']}; {machines(own)}, {first['threads']} "
             f"of them used; {', '.join(f'{name} {version}' for name, version in first['versions'].items())}.\n"
         )
     return "\n".join(blocks)
