@@ -97,6 +97,7 @@ def _one(of: Account) -> str:
         "bench": found.bench,
         "threads": None if found.bench is None else views.threads(found.bench),
         "pictures": views.pictures(of),
+        "blank": views.blank_patches(of),
         "measured": measured,
         "depth": None if measured is None or not measured.stages else _depth([of]),
         "matrices": [] if measured is None else views.matrices(measured),

@@ -207,6 +207,15 @@ def pictures(account: Account) -> list[Picture]:
     return [_picture(tile, _caption(images, index, account)) for index, tile in enumerate(tiles)]
 
 
+def blank_patches(account: Account) -> str:
+    """What the ones left blank in `pictures` were in calibration; nothing where there are none."""
+    if account.images is None or not account.images.is_sparse:
+        return ""
+    if account.quantized.recipe.background == "leaves":
+        return "Patches that are left blank are no part of an image: in calibration dead leaves stood in their place."
+    return "Patches that are left blank were never shown to the model."
+
+
 def _caption(images: CalibrationSet, index: int, account: Account) -> str:
     if images.labels is None:
         return f"image {index + 1}"

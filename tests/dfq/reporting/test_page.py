@@ -97,6 +97,19 @@ def test_every_image_is_in_it_with_its_words(page: str) -> None:
     assert len(pictures) == 6
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"), [("deploy", "dead leaves stood in their place"), ("paper", "were never shown to the model")]
+)
+def test_it_says_what_stood_where_sparse_images_are_blank(recipe: str, said: str, page: str, tmp_path: Path) -> None:
+    made = ("--method", "smi", "-n", "4", "--iterations", "4", "--device", "cpu", "--quiet")
+    assert (
+        main(["quantize", "reference", "--bits", "w8a8", "--recipe", recipe, *made, "--out", str(tmp_path / "m")]) == 0
+    )
+    text = dfq.report(tmp_path / "m", progress=False).read_text()
+    assert [said in sentence for sentence in text.split(". ") if "left blank" in sentence] == [True]
+    assert "left blank" not in page  # Its images are whole.
+
+
 def test_what_is_foreign_is_text(page: str) -> None:
     assert "A &lt;fast&gt; one" in page
     assert "said &amp; done" in page
