@@ -79,6 +79,7 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     AS_IT_IS: lambda recipe: recipe,
     "static ranges": recipe_parts.no_ranges_per_token,
     "ranges per token at 8 bits too": lambda recipe: where_ranges_are_per_token(recipe, dynamic_up_to=8),
+    "static ranges at 8 bits": lambda recipe: where_ranges_are_per_token(recipe, dynamic_up_to=7),
     "no means of positions": recipe_parts.no_means_of_positions,
     "tokens alike where ranges are found": recipe_parts.no_tokens_by_gradient,
     "tokens alike in tuning": lambda recipe: tuned(recipe, gradient=0.0),
