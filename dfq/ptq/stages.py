@@ -104,7 +104,7 @@ def _swin_stem(swin: SwinTransformer, images: Tensor, keep: Tensor | None) -> Te
     if keep is not None and keep.shape[1] < PatchGrid.of(swin).num_patches:
         raise DfqError(
             f"a {type(swin).__name__} cannot run on {keep.shape[1]} of its {PatchGrid.of(swin).num_patches} patches: "
-            "calibrate it on a set made by a dense method"
+            "calibrate it on a set made by a dense method, or by a recipe with background = 'leaves'"
         )
     tokens: Tensor = swin.patch_embed(images)
     return tokens

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import dfq
+from calibration.background import with_leaves
 from calibration.calibration_set import CalibrationSet
 from dfq.errors import DfqError, RecipeError, UnsupportedModelError
 from dfq.models import Model
@@ -315,7 +316,19 @@ def test_a_set_that_leaves_patches_out_is_refused(
     tiny_swin: Callable[..., Model], pictures: Callable[..., CalibrationSet]
 ) -> None:
     with pytest.raises(DfqError, match=r"a SwinTransformer cannot run on 54 of its 64 patches: .* dense method"):
-        dfq.quantize(tiny_swin(), "w8a8", calibration=pictures(dropped=10), progress=False)
+        dfq.quantize(tiny_swin(), "w8a8", calibration=pictures(dropped=10), recipe="paper", progress=False)
+
+
+def test_in_front_of_leaves_it_takes_a_sparse_set(
+    tiny_swin: Callable[..., Model], pictures: Callable[..., CalibrationSet]
+) -> None:
+    model, images = tiny_swin(), pictures(dropped=10)
+    sparse, whole = (
+        dfq.quantize(model, "w8a8", calibration=each, progress=False).tensors()
+        for each in (images, with_leaves(images))
+    )
+    assert images.is_sparse
+    assert all(torch.equal(sparse[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize(
