@@ -81,7 +81,7 @@ def measure(
 ) -> Measured:
     """Run both networks in step over a set, and compare them where they are meant to give the same.
 
-    images: seen as in calibration, sparse ones on the background that the recipe gives them.
+    images: sparse ones are seen as in calibration, on the kind of background that the recipe gives them.
     original: what `quantized` was made from, on its device. Its channels are rotated as the recipe rotated the
     others', so that what blocks give can be compared; channels of v may have been rescaled since, and are left out.
 

@@ -14,8 +14,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resize, resized_crop
 
 from calibration import CalibrationSet
+from calibration.background import leaves
 from calibration.calibration_set import normalise, of_one_size
-from calibration.initial import dead_leaves
 from calibration.passes import low_precision
 from calibration.team import team
 from calibration.tokens import PatchGrid, keep_of_mask, token_gather
@@ -89,8 +89,7 @@ class Pool:
         pairs = zip(part.images, part.mask, strict=True)
         boxes = torch.stack([self._boxes(first + index, *pair) for index, pair in enumerate(pairs)])
         if part.is_sparse and self._grounds is None and self._per_image > 1:
-            leaves = dead_leaves(GROUNDS, part.grid.image_size, torch.Generator().manual_seed(0))
-            self._grounds = (leaves * 255).round().to(torch.uint8)
+            self._grounds = leaves(GROUNDS, part.grid.image_size, torch.Generator().manual_seed(0))
         logits = torch.zeros(len(part) * self._per_image, self._teacher.network.num_classes)
         parts = [*self._parts, (part.images, part.mask, boxes, logits)]
         self._parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]  # type: ignore[list-item]
