@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calibration import CalibrationSet, load_calibration_set
     from dfq.benchmark import Bench, bench
     from dfq.checkpoint import load, save
-    from dfq.distillation import Distillation, distill
+    from dfq.distillation import distill
     from dfq.errors import DfqError
     from dfq.evaluation import Evaluation, evaluate
     from dfq.generation import generate, real_images
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dfq.recipe import Recipe, load_recipe
     from dfq.reporting.page import report
     from dfq.runtime import RuntimeModel, integer_products, open_model
+    from dfq.transfer.result import Distillation
     from dfq.transfer.student import load_student
     from dfq.transfer.training import Training
     from dfq.unlabelled import Likeness, compare
@@ -43,7 +44,7 @@ _HOMES = {
     "Bench": "dfq.benchmark",
     "CalibrationSet": "calibration",
     "DfqError": "dfq.errors",
-    "Distillation": "dfq.distillation",
+    "Distillation": "dfq.transfer.result",
     "Evaluation": "dfq.evaluation",
     "Export": "dfq.onnx_export",
     "Likeness": "dfq.unlabelled",

@@ -2,114 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save as to_bytes
 from torch.utils.data import Dataset
 
-from calibration import METHODS, CalibrationSet, Plan, check_method, load_calibration_set
-from calibration.calibration_set import remove_set
-from calibration.files import (
-    read_json,
-    read_text,
-    remove_file,
-    replace_file,
-    sha256_of,
-    take_folder,
-    write_json,
-)
-from calibration.making import batch_generator
-from calibration.passes import resolve_precision
+from calibration import CalibrationSet, Plan
 from calibration.team import team
-from calibration.tokens import PatchGrid
-from dfq.checkpoint import load, save
 from dfq.datasets import image_folder
 from dfq.errors import DfqError, UsageError
-from dfq.evaluation import evaluate
 from dfq.generation import batches, describe_run
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
-from dfq.support import check_invertible
-from dfq.transfer.curve import write_curve
-from dfq.transfer.pool import Pool, View
-from dfq.transfer.record import LOG, STATE, Round, StateFile, rounds_of, write_log
-from dfq.transfer.training import Trainee, Training, check_part, optimizer_of, solve, step, trained
-from dfq.versions import versions
-from dfq.weights import fingerprint, load_into, read_weights
+from dfq.transfer.folder import POOL, TransferFolder
+from dfq.transfer.result import Distillation
+from dfq.transfer.sources import Images, Source, on_one_grid, plans_of, pools_of, round_by_round, sources_of
+from dfq.transfer.teaching import Teaching
+from dfq.transfer.training import Training, check_part
+from dfq.weights import fingerprint
 
 log = logging.getLogger("dfq")
 
-FORMAT = "dfq.distillation"
-VERSION = 1
-MANIFEST = "distillation.json"
-WEIGHTS = "student.safetensors"
-QUANTIZED = "student"
-POOL = "pool"
-FURTHER = "student-"
-"""What the folder of a method's pool begins with where another network than the teacher made it."""
-CURVE = "curve.svg"
-
 DEFAULT_METHOD = "waves"
 """Of all whose images a second network learns the most from, for as many and for as much time."""
-
-Images = CalibrationSet | Path | str
-
-HELD_OUT_EVERY = 10
-"""Of so many images of the pool one is held out where there are no labelled images to measure on."""
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """A student that was taught.
-
-    rounds: what each came to; teacher_top1: percent, of the labelled images where there were some, else None.
-    """
-
-    student: Model | QuantizedModel
-    teacher: str
-    rounds: tuple[Round, ...]
-    teacher_top1: float | None
-
-    @property
-    def top1(self) -> float | None:
-        """Percent of the labelled images that the student gets right."""
-        return self.rounds[-1].top1
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "student": self.student.name,
-            "student_bits": self.student.bits,
-            "teacher": self.teacher,
-            "teacher_top1": self.teacher_top1,
-            "top1": self.top1,
-            "agreement": self.rounds[-1].agreement,
-            "images": self.rounds[-1].images,
-            "rounds": [asdict(entry) for entry in self.rounds],
-        }
-
-    def describe(self) -> str:
-        """A line or two for people."""
-        last = self.rounds[-1]
-        text = f"{self.student.name} taught by {self.teacher} on {last.images} images in {last.round} rounds"
-        if last.top1 is not None and self.teacher_top1 is not None:
-            return f"{text}: top-1 {last.top1:.2f} %, the teacher's {self.teacher_top1:.2f} %"
-        if last.agreement is not None:
-            return (
-                f"{text}: they agree on {last.agreement:.1f} % of the generated images that were held out; what that "
-                "means for real ones, only real ones tell"
-            )
-        return text
 
 
 def distill(
@@ -166,28 +85,17 @@ def distill(
             f"the student {student.name} has {student.num_classes} classes and the teacher {teacher.name} "
             f"{teacher.num_classes}: load_student gives it a classifier that fits"
         )
-    sources: list[_Source] = []
+    sources: list[Source] = []
     given: list[CalibrationSet] = []
     images: list[dict[str, Any]]
     if calibration is None:
-        plans = [_of_all_rounds(each, rounds) for each in _plans(method, num_images, seed, plan)]
-        sources = [_Source(teacher, each, each.name) for each in plans]
-        if also_invert is not None:
-            # Of a seed of their own: the same starts twice would be less to learn from.
-            further = [replace(each, seed=each.seed + 1) for each in plans]
-            sources += [_Source(also_invert, each, FURTHER + each.name) for each in further]
-            _check_further(also_invert, teacher, plans)
-        for source in sources:
-            check_method(source.model.module, source.plan)
+        sources = sources_of(teacher, also_invert, plans_of(method, num_images, seed, plan), rounds)
         images = [describe_run(source.model, source.plan) for source in sources]
     elif also_invert is not None:
         raise UsageError("with pools that are given no images are made: leave --invert-student (also_invert) out")
     else:
-        several = [calibration] if isinstance(calibration, CalibrationSet | Path | str) else calibration
-        given = [each if isinstance(each, CalibrationSet) else load_calibration_set(each) for each in several]
-        _check_sizes(teacher, given)
+        given = on_one_grid(pools_of(teacher, calibration))
         images = [each.run | {"count": len(each)} for each in given]
-        given = _on_one_grid(given)
     run = {
         "teacher": _identity(teacher),
         "student": _identity(student) | {"bits": student.bits},
@@ -203,14 +111,14 @@ def distill(
     check_part(student, how)
     measured = None if data is None else _labelled(data, teacher, student)
     with ExitStack() as held:
-        folder = None if out is None else _Folder(Path(out), run, held, overwrite=overwrite)
+        folder = None if out is None else TransferFolder(Path(out), run, held, overwrite=overwrite)
         if folder is not None and (found := folder.finished(student)) is not None:
             log.info("%s already holds this student; nothing to do", folder.path)
             return found
         parts = iter([given])
         if sources:
             pools = [None if folder is None else folder.path / POOL / source.pool for source in sources]
-            parts = _round_by_round(
+            parts = round_by_round(
                 [
                     batches(source.model, source.plan, held, out=pool, overwrite=overwrite, progress=progress)
                     for source, pool in zip(sources, pools, strict=True)
@@ -218,7 +126,7 @@ def distill(
             )
         if folder is not None:
             team().lead(lambda: folder.begin({source.pool for source in sources}))
-        teach = _Teaching(teacher, student, how, rounds, seed, measured)
+        teach = Teaching(teacher, student, how, rounds, seed, measured)
         done, teacher_top1 = teach.run(parts, None if folder is None else folder.state)
         result = Distillation(student, teacher.name, tuple(done), teacher_top1)
         if folder is not None:
@@ -229,81 +137,6 @@ def distill(
 def _identity(network: Model | QuantizedModel) -> dict[str, Any]:
     """Which network, with which weights."""
     return network.origin.to_dict() | {"fingerprint": fingerprint(network.module)}
-
-
-def _plans(method: str | Sequence[str], num_images: int, seed: int, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
-    """Of the images of one round, by each method."""
-    if isinstance(plan, Plan):
-        return [plan]
-    methods = [method] if isinstance(method, str) else list(method)
-    found = [Plan(name, num_images, None, num_images, seed, "auto") for name in methods] if plan is None else list(plan)
-    names = [each.name for each in found]
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f"give one method or more, each once, not {', '.join(names) or 'none'}")
-    return found
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Images of all rounds: of which network, how, and the folder of their pool."""
-
-    model: Model
-    plan: Plan
-    pool: str
-
-
-def _check_further(further: Model, teacher: Model, plans: Sequence[Plan]) -> None:
-    """Raise DfqError where the teacher cannot be shown what is made of another network."""
-    size, wanted = further.preprocessing.image_size, teacher.preprocessing.image_size
-    if size != wanted:
-        raise DfqError(
-            f"{further.name} makes images of {size[0]}x{size[1]}, and {teacher.name} takes {wanted[0]}x{wanted[1]}"
-        )
-    check_invertible(further.name, further.module)
-    if PatchGrid.of(further.module) == PatchGrid.of(teacher.module):
-        return
-    for plan in plans:
-        if plan.composed.is_sparse:
-            raise DfqError(
-                f"{further.name} and {teacher.name} have patches of different sizes: {plan.name} makes sparse images, "
-                "which are for one of them; choose a dense method"
-            )
-
-
-def _round_by_round(sources: Sequence[Iterator[CalibrationSet]]) -> Iterator[list[CalibrationSet]]:
-    """What all make for one round after the other, until none has any left."""
-    while parts := [part for source in sources if (part := next(source, None)) is not None]:
-        yield _on_one_grid(parts)
-
-
-def _on_one_grid(parts: list[CalibrationSet]) -> list[CalibrationSet]:
-    """The same with all masks in the patches of the sparse ones, or of the first: of a whole image any are."""
-    wanted = next((part for part in parts if part.is_sparse), parts[0]).mask.shape[1:]
-    whole = torch.ones(1, *wanted, dtype=torch.bool)
-    return [
-        part if part.mask.shape[1:] == wanted else replace(part, mask=whole.expand(len(part), -1, -1)) for part in parts
-    ]
-
-
-def _of_all_rounds(plan: Plan, rounds: int) -> Plan:
-    """What one round makes, made in each, a batch per round; canvases that give several images are filled."""
-    (canvases,) = replace(plan, batch_size=plan.num_images).canvases
-    return replace(plan, num_images=rounds * canvases * plan.images_per_canvas, batch_size=canvases)
-
-
-def _check_sizes(teacher: Model, pools: Sequence[CalibrationSet]) -> None:
-    if not pools:
-        raise UsageError("no pool is given: name one or more, or leave calibration out, and images are made")
-    wanted = teacher.preprocessing.image_size
-    for pool in pools:
-        size = tuple(pool.images.shape[-2:])
-        if size != wanted:
-            raise DfqError(
-                f"the pool holds images of {size[0]}x{size[1]}, and {teacher.name} takes {wanted[0]}x{wanted[1]}: "
-                "generate one for this teacher"
-            )
-    if len({pool.mask.shape[1:] for pool in pools if pool.is_sparse}) > 1:
-        raise DfqError("the sparse pools have patches of different sizes: generate them for one teacher")
 
 
 def _labelled(
@@ -318,219 +151,3 @@ def _labelled(
             "dataset that is prepared already"
         )
     return data, data
-
-
-class _Folder:
-    """What a transfer leaves behind, and whose it is.
-
-    held: no other run writes to the folder until it closes. Another run that lies there is deleted by `begin`.
-    """
-
-    def __init__(self, path: Path, run: dict[str, Any], held: ExitStack, *, overwrite: bool) -> None:
-        self.path = path
-        # As it will be read back: JSON knows lists, not tuples.
-        self._run = json.loads(json.dumps(run))
-        self.state = StateFile(path / STATE, self._run)
-        self._replaces = False
-        self._manifest = team().lead(lambda: self._claim(held, overwrite))
-
-    def _claim(self, held: ExitStack, overwrite: bool) -> dict[str, Any]:
-        self._lock = take_folder(self.path)
-        held.callback(self._lock.release)
-        path = self.path / MANIFEST
-        fresh = {"format": FORMAT, "version": VERSION, "complete": False, "run": self._run, "versions": versions()}
-        if path.exists():
-            manifest = read_json(path)
-            if manifest.get("format") != FORMAT:
-                raise DfqError(f"{path} does not describe a transfer; choose another --out")
-            if (manifest.get("version"), manifest.get("run")) == (VERSION, self._run):
-                return manifest
-            if not overwrite:
-                other = manifest.get("run")
-                other = other if isinstance(other, dict) else {}
-                differing = [key for key in self._run if other.get(key) != self._run[key]]
-                raise DfqError(
-                    f"{self.path} holds a transfer of another run (it differs in {', '.join(differing) or 'version'}); "
-                    "choose another --out or give --overwrite"
-                )
-            self._replaces = True
-            return fresh
-        if any(self.path.iterdir()):
-            raise DfqError(f"{self.path} is not empty and holds no transfer; choose another --out")
-        write_json(path, fresh)
-        return fresh
-
-    def begin(self, kept: Collection[str]) -> None:
-        """Delete another run that is to be replaced; what can be refused has been. kept: pools that are this run's.
-
-        Raises DfqError where something cannot be deleted.
-        """
-        if not self._replaces:
-            return
-        for name in (STATE, WEIGHTS, LOG, CURVE):
-            remove_file(self.path / name)
-        pools = self.path / POOL
-        for pool in (pools, *(pools / name for name in METHODS), *(pools / (FURTHER + name) for name in METHODS)):
-            if pool.name not in kept and pool.is_dir():
-                remove_set(pool)
-                with suppress(OSError):
-                    pool.rmdir()
-        write_json(self.path / MANIFEST, self._manifest)
-
-    def finished(self, student: Model | QuantizedModel) -> Distillation | None:
-        """What lies there, the weights given to `student`; None where it is not finished."""
-        if not self._manifest.get("complete"):
-            return None
-        try:
-            rounds = tuple(rounds_of(json.loads(line) for line in read_text(self.path / LOG).splitlines()))
-            if not rounds:
-                raise ValueError("no rounds")
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise DfqError(f"{self.path / LOG} is damaged ({error}): give --overwrite to make it again") from error
-        teacher, top1 = self._manifest.get("teacher"), self._manifest.get("teacher_top1")
-        if not isinstance(teacher, str) or not isinstance(top1, int | float | None):
-            raise DfqError(f"{self.path / MANIFEST} is damaged (of the teacher): give --overwrite to make it again")
-        if isinstance(student, QuantizedModel):
-            vars(student).update(vars(load(self.path / QUANTIZED, device=student.device)))
-        else:
-            weights = self.path / WEIGHTS
-            if not weights.is_file() or sha256_of(weights) != self._manifest.get("sha256"):
-                raise DfqError(f"{weights} is missing or damaged: give --overwrite to make it again")
-            load_into(student.module, read_weights(weights), student.name, weights)
-        return Distillation(student, teacher, rounds, top1)
-
-    def finish(self, result: Distillation) -> None:
-        """Write the student, the log and the curve; the manifest comes last."""
-        checksum = None
-        if isinstance(result.student, QuantizedModel):
-            save(result.student, self.path / QUANTIZED)
-        else:
-            state = result.student.module.state_dict()
-            content = to_bytes({name: t.detach().cpu().contiguous() for name, t in state.items()}, {"format": "pt"})
-            replace_file(self.path / WEIGHTS, lambda partial: partial.write_bytes(content))
-            checksum = sha256_of(self.path / WEIGHTS)
-        write_log(result.rounds, self.path / LOG)
-        write_curve(
-            result.rounds, f"{result.student.name}, taught by {result.teacher}", result.teacher_top1, self.path / CURVE
-        )
-        self._manifest |= {
-            "complete": True,
-            "teacher": result.teacher,
-            "teacher_top1": result.teacher_top1,
-            "sha256": checksum,
-        }
-        write_json(self.path / MANIFEST, self._manifest)
-        self.state.remove()
-
-
-class _Teaching:
-    """The loop."""
-
-    def __init__(
-        self,
-        teacher: Model,
-        student: Model | QuantizedModel,
-        training: Training,
-        rounds: int,
-        seed: int,
-        data: tuple[Dataset[Any], Dataset[Any]] | None,
-    ) -> None:
-        self._teacher, self._student, self._training = teacher, student, training
-        self._rounds, self._seed, self._data = rounds, seed, data
-
-    def run(self, parts: Iterator[list[CalibrationSet]], state: StateFile | None) -> tuple[list[Round], float | None]:
-        """(what each round came to, the teacher's top-1 where there are labelled images)."""
-        started = time.monotonic()
-        made = next(parts)
-        generating = time.monotonic() - started
-        done: list[Round] = []
-        with ExitStack() as stack:
-            dtype = resolve_precision("auto", self._teacher.device)
-            views = [View(network, dtype) for network in (self._teacher, self._student)]
-            trainee = stack.enter_context(trained(views[1], self._training))
-            optimizer = optimizer_of(trainee, self._training)
-            pool = Pool(views[0], 0 if self._data is not None else HELD_OUT_EVERY, self._training.windows)
-            if state is not None:
-                done = state.take_up(trainee, optimizer)
-                if done:
-                    log.info("going on after round %d of %d", len(done), self._rounds)
-            for number in range(1, self._rounds + 1):
-                started = time.monotonic()
-                if number > 1:
-                    made = next(parts, [])
-                    generating = time.monotonic() - started
-                started = time.monotonic()
-                for part in made:
-                    pool.add(part)
-                if number <= len(done):
-                    continue
-                divergence = self._train(trainee, optimizer, pool, number)
-                seconds = time.monotonic() - started
-                if not math.isfinite(divergence):
-                    raise DfqError("the student left the finite numbers: give a lower learning rate")
-                entry = Round(
-                    number,
-                    pool.num_images,
-                    divergence,
-                    self._agreement(trainee, pool),
-                    self._top1(trainee, number),
-                    generating if made else 0.0,
-                    seconds,
-                )
-                done.append(entry)
-                log.info("%s", _line(entry, self._rounds))
-                if state is not None and team().leads:
-                    state.keep(trainee, optimizer, done)
-            # What is left of the plan finishes the set on disk.
-            for _ in parts:
-                pass
-        teacher_top1 = None
-        if self._data is not None:
-            teacher_top1 = evaluate(self._teacher, self._data[0], progress=False).top1
-        return done, teacher_top1
-
-    def _train(self, trainee: Trainee, optimizer: torch.optim.Optimizer, pool: Pool, number: int) -> float:
-        training = self._training
-        if training.optimizer == "ridge":
-            return solve(trainee, pool, training)
-        # Of the round's own, so that a run that was stopped draws what it would have drawn.
-        generator = batch_generator(self._seed, number)
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        candidates = pool.trained_on
-        total = 0.0
-        for index in range(training.steps):
-            share = training.share((number - 1) * training.steps + index, self._rounds * training.steps)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * share
-            places = torch.randperm(len(candidates), generator=generator)[: training.batch_size]
-            total += step(trainee, optimizer, pool, candidates[places], training.temperature)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        trainee.apply()
-        trainee.agree()
-        return total / training.steps
-
-    def _agreement(self, trainee: Trainee, pool: Pool) -> float | None:
-        held_out = pool.held_out
-        if not len(held_out):
-            return None
-        same = 0
-        with torch.no_grad():
-            for some, logits in trainee.logits(pool, held_out):
-                same += int((logits.argmax(1).cpu() == pool.logits[some].argmax(1)).sum())
-        return 100 * same / len(held_out)
-
-    def _top1(self, trainee: Trainee, number: int) -> float | None:
-        every = -(-self._rounds // 10)
-        if self._data is None or (number % every and number != self._rounds):
-            return None
-        return trainee.top1(self._data[1])
-
-
-def _line(entry: Round, rounds: int) -> str:
-    parts = [f"round {entry.round}/{rounds}", f"{entry.images} images", f"divergence {entry.divergence:.3g}"]
-    if entry.agreement is not None:
-        parts.append(f"agreement {entry.agreement:.1f} %")
-    if entry.top1 is not None:
-        parts.append(f"top-1 {entry.top1:.2f} %")
-    return ", ".join(parts)

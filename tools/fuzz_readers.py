@@ -45,7 +45,7 @@ import dfq
 from calibration.calibration_set import SetFolder, load_calibration_set
 from calibration.sources import real_images
 from calibration.tokens import PatchGrid
-from dfq import checkpoint, distillation, reference
+from dfq import checkpoint, reference
 from dfq.architectures import build_architecture
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
@@ -53,7 +53,9 @@ from dfq.ptq.modules import adapt
 from dfq.ptq.resume import ResumeFile
 from dfq.ptq.stages import stages
 from dfq.recipe import PRESETS, load_recipe
+from dfq.transfer.folder import TransferFolder
 from dfq.transfer.record import LOG, STATE, Round, StateFile, write_log
+from dfq.transfer.result import Distillation
 from dfq.transfer.training import Trainee
 from dfq.weights import load_into, read_weights
 
@@ -589,8 +591,8 @@ def state_files() -> Files:
 def transfer_files() -> Files:
     def write(path: Path) -> None:
         with ExitStack() as held:
-            folder = distillation._Folder(path, {"seed": 0}, held, overwrite=False)
-            folder.finish(distillation.Distillation(copy.deepcopy(teacher()), "teacher", tuple(rounds()), 99.0))
+            folder = TransferFolder(path, {"seed": 0}, held, overwrite=False)
+            folder.finish(Distillation(copy.deepcopy(teacher()), "teacher", tuple(rounds()), 99.0))
         write_log(rounds(), path / LOG)
 
     return files_of(write)
@@ -604,7 +606,7 @@ def seal_transfer(files: Files) -> None:
 
 def read_transfer(path: Path) -> None:
     with ExitStack() as held:
-        found = distillation._Folder(path, {"seed": 0}, held, overwrite=False).finished(copy.deepcopy(teacher()))
+        found = TransferFolder(path, {"seed": 0}, held, overwrite=False).finished(copy.deepcopy(teacher()))
         if found is not None:
             found.describe()
             found.to_dict()

@@ -18,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 import dfq
 from calibration import Plan
 from calibration.calibration_set import CalibrationSet
-from dfq import distillation
 from dfq import reference as embedded
 from dfq.datasets import image_folder, reference_digits
 from dfq.distillation import distill
@@ -76,7 +75,7 @@ def test_in_closed_form_it_becomes_its_teacher_too(
 ) -> None:
     """Least squares between equal features find the teacher's classifier, but for what all of its classes share."""
     # Whatever the processor has: in bf16 the logits that are solved for are rounded.
-    monkeypatch.setattr(distillation, "resolve_precision", lambda *_: torch.float32)
+    monkeypatch.setattr("dfq.transfer.teaching.resolve_precision", lambda *_: torch.float32)
     training = Training(shrinkage=0.0, level="pool")
     result = run(reference, student, ["leaves", "pink"], num_images=32, rounds=2, training=training)
     assert [entry.images for entry in result.rounds] == [64, 128]

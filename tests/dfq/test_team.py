@@ -19,12 +19,12 @@ PROGRAM = """
 import os, sys
 import torch
 from calibration.team import joined
-from dfq import distillation
 from dfq.cli import main
+from dfq.transfer import teaching
 
 # In bf16, which is taken where the processor has it, another order of summing moves gradients by more than could be
 # told from a mistake.
-distillation.resolve_precision = lambda *_: torch.float32
+teaching.resolve_precision = lambda *_: torch.float32
 os.chdir(sys.argv[1])
 teach = "distill reference reference --student-random-weights --method leaves -n 6 --rounds 2 --steps 4 "
 commands = [
