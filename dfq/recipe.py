@@ -7,16 +7,33 @@ of a recipe: the same one serves W8A8 and W4A8.
 from __future__ import annotations
 
 import re
-import reprlib
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from calibration.errors import did_you_mean
 from calibration.files import read_text
 from dfq.errors import RecipeError, UsageError
+from dfq.recipe_values import (
+    Background,
+    Base,
+    GranularityName,
+    Operands,
+    OutputError,
+    QuantizerName,
+    RangeName,
+    Reparametrization,
+    Rotation,
+    Rounding,
+    Scope,
+    Softmax,
+    Split,
+    check_keys,
+    check_value,
+    said,
+)
 from quantizers import (
     GELU_MINIMUM,
     DynamicQuantizer,
@@ -36,12 +53,6 @@ DEFAULT_RECIPE = "fast"
 _MAX_LENGTH, _MAX_DOTS = 2**20, 200
 FLOAT_BITS = 16
 """As activation bits: left in floating point."""
-
-Rotation = Literal["heads", "full"]
-Softmax = Literal["normalized", "deferred"]
-Reparametrization = Literal["full", "searched", "unrotated"]
-Rounding = Literal["ste", "adaround"]
-Background = Literal["none", "leaves"]
 
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
 _WEIGHT_AXES = {"channel": 0}
@@ -92,13 +103,13 @@ class SiteSettings:
 
     quantize: bool = True
     bits: int | None = None
-    quantizer: Literal["uniform", "twin_uniform", "log", "least_error"] = "uniform"
+    quantizer: QuantizerName = "uniform"
     symmetric: bool = False
-    granularity: Literal["tensor", "channel", "head"] = "tensor"
-    range: Literal["minmax", "percentile", "mse", "token_mse", "probability_mse", "output_mse"] = "minmax"
+    granularity: GranularityName = "tensor"
+    range: RangeName = "minmax"
     percent: float | None = None
-    split: Literal["magnitude", "sign"] | None = None
-    base: Literal["2", "sqrt2", "search"] | None = None
+    split: Split | None = None
+    base: Base | None = None
     outliers: float | None = None
     gradient: float = 0.0
     dynamic_up_to: int | None = None
@@ -190,8 +201,8 @@ class OutputSearch:
     good; rounds: how often each operand is searched; images: how many the products are looked at on.
     """
 
-    error: Literal["output", "fisher"] = "fisher"
-    operands: Literal["both", "activations"] = "both"
+    error: OutputError = "fisher"
+    operands: Operands = "both"
     rounds: int = 1
     images: int = 4
 
@@ -256,11 +267,11 @@ class Recipe:
 
     name: str
     summary: str
-    scope: Literal["gemm", "full"]
-    first_last_bits: int | None
     weights: SiteSettings
     activations: SiteSettings
     sites: dict[str, dict[str, Any]]
+    scope: Scope = "gemm"
+    first_last_bits: int | None = None
     num_images: int = 32
     softmax: Softmax = "normalized"
     rotate: Rotation | None = None
@@ -281,18 +292,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the TOML file that says the same, plus the name."""
-        value: dict[str, Any] = {"name": self.name, "summary": self.summary, "scope": self.scope}
-        if self.first_last_bits is not None:
-            value["first_last_bits"] = self.first_last_bits
+        value: dict[str, Any] = {"name": self.name, "summary": self.summary}
+        value |= {key: getattr(self, key) for key in _head_keys() if getattr(self, key) is not None}
         for part in ("weights", "activations"):
             settings: SiteSettings = getattr(self, part)
             value[part] = {
                 f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None
             }
-        value |= {key: getattr(self, key) for key in ("num_images", "softmax", "stretch", "background")}
-        for key in ("rotate", "reparametrize"):
-            if getattr(self, key) is not None:
-                value[key] = getattr(self, key)
         for table in _ALGORITHMS:
             settings = getattr(self, table)
             if settings is not None:
@@ -333,19 +339,13 @@ def load_recipe(name: str | Path) -> Recipe:
 
 def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recipe:
     """The recipe that `content` spells; `where` names its source in errors. Raises RecipeError."""
-    _check_keys(content, tuple(f.name for f in fields(Recipe)), where)
+    check_keys(content, tuple(f.name for f in fields(Recipe)), where)
     for key in ("name", "summary"):
         if not isinstance(content.get(key, ""), str):
-            raise RecipeError(f"{where}: {key} must be a text, not {_said(content[key])}")
-    scope = content.get("scope", "gemm")
-    if scope not in ("gemm", "full"):
-        raise RecipeError(f"{where}: scope must be 'gemm' or 'full', not {_said(scope)}")
-    first_last = content.get("first_last_bits")
-    if first_last is not None:
-        _check_value("first_last_bits", first_last, where)
-    for key in ("num_images", "softmax", "rotate", "reparametrize", "stretch", "background"):
-        if key in content:
-            _check_value(key, content[key], where)
+            raise RecipeError(f"{where}: {key} must be a text, not {said(content[key])}")
+    head = {key: content[key] for key in _head_keys() if key in content}
+    for key, value in head.items():
+        check_value(key, value, where)
     for part in ("weights", "activations", "sites", *_ALGORITHMS):
         if not isinstance(content.get(part, {}), dict):
             raise RecipeError(f"{where}: {part} must be a table")
@@ -365,17 +365,10 @@ def recipe_from_dict(content: dict[str, Any], *, name: str, where: str) -> Recip
     return Recipe(
         name=str(content.get("name", name)),
         summary=str(content.get("summary", "")),
-        scope=scope,
-        first_last_bits=first_last,
         weights=parts["weights"],
         activations=parts["activations"],
         sites=sites,
-        num_images=content.get("num_images", 32),
-        softmax=content.get("softmax", "normalized"),
-        rotate=content.get("rotate"),
-        reparametrize=content.get("reparametrize"),
-        stretch=content.get("stretch", 0.0),
-        background=content.get("background", "none"),
+        **head,
         **{table: _algorithm(kind, content.get(table), f"{where}, {table}") for table, kind in _ALGORITHMS.items()},
     )
 
@@ -387,98 +380,21 @@ _ALGORITHMS: dict[str, type[OutputSearch | Compensation | Reconstruction]] = {
 }
 
 
+def _head_keys() -> list[str]:
+    """What stands at the head of the file, all of which may be left out."""
+    return [f.name for f in fields(Recipe) if f.default is not MISSING and f.name not in _ALGORITHMS]
+
+
 def _algorithm(kind: type[Any], table: dict[str, Any] | None, where: str) -> Any:
     if table is None:
         return None
-    _check_keys(table, tuple(f.name for f in fields(kind)), where)
+    check_keys(table, tuple(f.name for f in fields(kind)), where)
     for key, value in table.items():
-        _check_value(key, value, where)
+        check_value(key, value, where)
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
 
 
-# What a number may be: the lowest and the highest; whole numbers where both are.
-_RANGES: dict[str, tuple[float, float]] = {
-    "outliers": (1.0, 1e6),
-    "position_rank": (0, 64),
-    "num_images": (1, 2**20),
-    "rounds": (1, 10),
-    "images": (1, 1024),
-    "evenness": (0.0, 1.0),
-    "gradient": (0.0, 1.0),
-    "iterations": (1, 10**6),
-    "batch_size": (1, 4096),
-    "weight_rate": (0.0, 1.0),
-    "rounding_rate": (0.0, 1.0),
-    "scale_rate": (0.0, 1.0),
-    "bias_rate": (0.0, 1.0),
-    "drop": (0.0, 1.0),
-    "feature": (0.0, 1e3),
-    "stretch": (0.0, 10.0),
-    "damping": (0.0, 1e3),
-}
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "quantize": (True, False),
-    "quantizer": ("uniform", "twin_uniform", "log", "least_error"),
-    "base": ("2", "sqrt2", "search"),
-    "softmax": ("normalized", "deferred"),
-    "rotate": ("heads", "full"),
-    "reparametrize": ("full", "searched", "unrotated"),
-    "background": ("none", "leaves"),
-    "error": ("output", "fisher"),
-    "operands": ("both", "activations"),
-    "rounding": ("ste", "adaround"),
-    "symmetric": (True, False),
-    "granularity": ("tensor", "channel", "head"),
-    "range": ("minmax", "percentile", "mse", "token_mse", "probability_mse", "output_mse"),
-    "split": ("magnitude", "sign"),
-    "bits": tuple(range(2, 9)),
-    "first_last_bits": tuple(range(2, 9)),
-    "dynamic_up_to": tuple(range(2, 9)),
-}
-
-
 def _check_settings(table: dict[str, Any], where: str) -> None:
-    _check_keys(table, tuple(f.name for f in fields(SiteSettings)), where)
+    check_keys(table, tuple(f.name for f in fields(SiteSettings)), where)
     for key, value in table.items():
-        _check_value(key, value, where)
-
-
-def _check_value(key: str, value: Any, where: str) -> None:
-    if key == "percent":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 50.0 < value <= 100.0:
-            raise RecipeError(f"{where}: percent must lie above 50 and at most at 100, not {_said(value)}")
-        return
-    if key in _RANGES:
-        low, high = _RANGES[key]
-        whole = isinstance(low, int)
-        if key == "damping" and not (isinstance(value, list) and value):
-            raise RecipeError(
-                f"{where}: damping must be a list of candidates, [0.1] for a single one, not {_said(value)}"
-            )
-        for number in value if key == "damping" else [value]:
-            right_kind = type(number) is int or (type(number) is float and not whole)
-            if not right_kind or not low <= number <= high:
-                raise RecipeError(
-                    f"{where}: {key} must be a{' whole' if whole else ''} number from {low} to {high}, "
-                    f"not {_said(value)}"
-                )
-        return
-    # 1 == True in Python, and bits = true is a mistake.
-    if not any(type(value) is type(choice) and value == choice for choice in _CHOICES[key]):
-        raise RecipeError(f"{where}: {key} must be one of {', '.join(map(repr, _CHOICES[key]))}, not {_said(value)}")
-
-
-def _check_keys(table: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known are {', '.join(known)}")
-
-
-def _said(value: Any) -> str:
-    """`value` as an error shows it, however long or deep it is."""
-    try:
-        return reprlib.repr(value)
-    # Of an integer in base 16, which may have more digits than Python writes in base 10.
-    except ValueError:
-        return "a huge number"
+        check_value(key, value, where)

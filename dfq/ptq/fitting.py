@@ -20,7 +20,8 @@ from dfq.ptq.reparametrize import equalizing, exchanges
 from dfq.ptq.search import convolution_rows
 from dfq.ptq.sites import PATCH_TOKENS, POSITION_EMBEDDING, PlannedSite
 from dfq.ptq.stages import Stage
-from dfq.recipe import Compensation, Recipe, Reparametrization
+from dfq.recipe import Compensation, Recipe
+from dfq.recipe_values import Reparametrization
 from quantizers import OutlierQuantizer, Quantizer, UniformQuantizer, outlier_channels
 
 # Of each batch these are looked at whatever is drawn: a range that they do not fit into costs more than its share.

@@ -23,7 +23,7 @@ from dfq.ptq.modules import (
     QuantizedWindowAttention,
 )
 from dfq.ptq.reparametrize import is_affine
-from dfq.recipe import Rotation
+from dfq.recipe_values import Rotation
 
 
 @torch.no_grad()

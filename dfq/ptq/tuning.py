@@ -14,7 +14,7 @@ from dfq.ptq.fitting import joined_tokens
 from dfq.ptq.modules import AttentionSlots, QuantizedLayer
 from dfq.ptq.rounding import AdaptiveRounding
 from dfq.ptq.sites import POSITION_EMBEDDING
-from dfq.recipe import Rounding
+from dfq.recipe_values import Rounding
 from quantizers import UniformQuantizer
 from quantizers.granularity import PerAxis
 

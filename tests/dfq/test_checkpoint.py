@@ -294,7 +294,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         (lambda c: c["sites"]["head.weight"].update(bits="8"), "bits must be an integer"),
         (lambda c: c["sites"]["head.weight"].update(type="os.system"), "there is no quantizer type 'os.system'"),
         (lambda c: c["sites"].update({"head.nowhere": c["sites"].pop("head.input")}), "do not make a model"),
-        (lambda c: c["recipe"].update(scope="everything"), "scope must be 'gemm' or 'full'"),
+        (lambda c: c["recipe"].update(scope="everything"), "scope must be one of 'gemm', 'full'"),
         (lambda c: c.update(recipe=[]), "do not make a model"),
         (lambda c: c["preprocessing"].pop("mean"), "do not make a model"),
         (lambda c: c["preprocessing"].update(std=[0, 0, 0]), "std must be three positive numbers"),

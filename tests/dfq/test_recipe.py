@@ -121,7 +121,7 @@ def test_later_patterns_win() -> None:
             r"mine\.toml, weights: unknown key 'symetric' \(did you mean 'symmetric'\?\)",
         ),
         ({"sites": {"*.q": {"bit": 4}}}, r"mine\.toml, sites\.'\*\.q': unknown key 'bit' \(did you mean 'bits'\?\)"),
-        ({"scope": "all"}, "scope must be 'gemm' or 'full', not 'all'"),
+        ({"scope": "all"}, "scope must be one of 'gemm', 'full', not 'all'"),
         ({"first_last_bits": 9}, "first_last_bits must be one of 2, 3, 4, 5, 6, 7, 8, not 9"),
         ({"first_last_bits": True}, "first_last_bits must be one of .* not True"),
         ({"weights": {"bits": 1}}, "bits must be one of .* not 1"),

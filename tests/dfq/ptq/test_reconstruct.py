@@ -18,7 +18,8 @@ from dfq.models import Model
 from dfq.ptq.modules import QuantizedLayer, QuantizedLinear
 from dfq.ptq.reconstruct import Reconstructor
 from dfq.ptq.stages import Stage
-from dfq.recipe import Reconstruction, Rounding, load_recipe
+from dfq.recipe import Reconstruction, load_recipe
+from dfq.recipe_values import Rounding
 from quantizers import PerAxis, UniformQuantizer
 
 # Of a network this small rotations and compensation leave little to be tuned.
