@@ -23,7 +23,7 @@ from calibration.files import make_directory, replace_file
 from dfq.errors import DfqError, UsageError
 from dfq.models import Model
 from dfq.onnx_check import Agreement, check_graph
-from dfq.onnx_layers import IntegerWeight, standardize, translations
+from dfq.onnx_layers import GroupedWeight, IntegerWeight, standardize, translations
 from dfq.ptq.engine import QuantizedModel
 from dfq.versions import versions
 from quantizers import UniformQuantizer, pack
@@ -194,7 +194,8 @@ def _pack_nibbles(graph: onnx.ModelProto, network: nn.Module) -> None:
     import onnx
 
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
-    paths = [p for p, m in network.named_modules() if isinstance(m, IntegerWeight) and m.bits <= _NIBBLE_BITS]
+    weights = {p: m for p, m in network.named_modules() if isinstance(m, IntegerWeight | GroupedWeight)}
+    paths = [path for path, weight in weights.items() if weight.bits <= _NIBBLE_BITS]
     wanted = {f"{path}.integers" for path in paths}
     for node in graph.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in wanted:

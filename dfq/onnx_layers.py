@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfq.ptq.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from quantizers import OutlierQuantizer, PerAxis, PerTensor, Quantizer, UniformQuantizer
+from quantizers import OutlierQuantizer, PerAxis, PerGroup, PerTensor, Quantizer, UniformQuantizer
 
 _STORED_BITS = 8
 
@@ -117,6 +117,38 @@ class IntegerWeight(nn.Module):
     def forward(self) -> Tensor:
         out: Tensor = torch.ops.dfq.dequantize(self.integers, self.scale, self.zero_point, self.axis)
         return out
+
+
+class GroupedWeight(nn.Module):
+    """Integers of which every so many in a row of an output channel share a scale; `forward` as of `IntegerWeight`.
+
+    Not the blocks that DequantizeLinear has: onnxruntime 1.31 takes those of 8 bits into products that then fail, and
+    OpenVINO 2026.4 does not read them. Dequantized by elementary operations, which both take.
+    """
+
+    integers: Tensor
+    zero_point: Tensor
+    scale: Tensor
+    one: Tensor
+    zero: Tensor
+
+    def __init__(self, integers: Tensor, quantizer: UniformQuantizer, groups: PerGroup, *, transposed: bool) -> None:
+        super().__init__()
+        scale, zero_point = _parameters(quantizer)
+        self.bits, self.shape, self.transposed = quantizer.bits, integers.shape, transposed
+        shape = len(integers), groups.per_channel(integers), -1
+        self.register_buffer("integers", groups.to_groups(integers).reshape(shape).contiguous())
+        self.register_buffer("scale", scale.view(shape))
+        self.register_buffer("zero_point", zero_point.view(shape))
+        self.register_buffer("one", scale.new_ones(()))
+        self.register_buffer("zero", zero_point.new_zeros(()))
+
+    def forward(self) -> Tensor:
+        codes, zero_point = (
+            torch.ops.dfq.dequantize(t, self.one, self.zero, 0) for t in (self.integers, self.zero_point)
+        )
+        rows: Tensor = ((codes - zero_point) * self.scale).flatten(1)[:, : self.shape[1:].numel()]
+        return rows.t() if self.transposed else rows.view(self.shape)
 
 
 class FloatWeight(nn.Module):
@@ -249,14 +281,20 @@ def _is_split(module: nn.Module, name: str, quantizer: Quantizer) -> bool:
 
 def _weight(layer: QuantizedLayer, channels: Tensor | None) -> nn.Module:
     """The weights of a layer, linear ones `[in, out]`; channels: those of the input, None for all."""
-    is_linear = isinstance(layer, QuantizedLinear)
-    whole = layer.weight if layer.integers is None else layer.integers
+    is_linear, quantizer = isinstance(layer, QuantizedLinear), layer.weight_quantizer
+    groups = getattr(quantizer, "granularity", None)
+    # A few rows of groups have groups no more.
+    is_float = layer.integers is None or (isinstance(groups, PerGroup) and channels is not None)
+    whole = layer.weight if is_float or layer.integers is None else layer.integers
+    if isinstance(groups, PerGroup) and not is_float:
+        assert isinstance(quantizer, UniformQuantizer)
+        return GroupedWeight(whole, quantizer, groups, transposed=is_linear)
     tensor = whole.t() if is_linear else whole
     tensor = tensor if channels is None else tensor.index_select(0, channels)
-    if layer.integers is None:
+    if is_float:
         return FloatWeight(tensor)
-    assert isinstance(layer.weight_quantizer, UniformQuantizer)
-    return IntegerWeight(tensor, layer.weight_quantizer, 1 if is_linear else 0)
+    assert isinstance(quantizer, UniformQuantizer)
+    return IntegerWeight(tensor, quantizer, 1 if is_linear else 0)
 
 
 def _parameters(quantizer: UniformQuantizer) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from quantizers import (
     Granularity,
     LogQuantizer,
     PerAxis,
+    PerGroup,
     PerTensor,
     Quantizer,
     RangeSearch,
@@ -57,6 +58,9 @@ FLOAT_BITS = 16
 # The axis along which ranges differ: weights are [out, ...], activations [B, ..., C], q, k and v [B, heads, N, D].
 _WEIGHT_AXES = {"channel": 0}
 _ACTIVATION_AXES = {"channel": -1, "head": 1}
+_GROUP_SIZE = 64
+_GROUPED = re.compile(r"(\w+)-g([0-9]{1,6})")
+_END_WEIGHTS = ("patch_embed.proj.weight", "head*.weight")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def parse_bits(text: str) -> Bits:
 class SiteSettings:
     """How one tensor is quantized.
 
-    bits: None for those of the run; granularity: tensor, channel or head; range: minmax, percentile or mse; for
+    bits: None for those of the run; granularity: tensor, channel, head or, of weights, group: so many of an output
+    channel in a row as group_size says, None: 64; range: minmax, percentile or mse; for
     activations also token_mse, which counts the squared error of each token the less the larger the token is, and
     probability_mse, that of exponentials as that of the probabilities they become (softmax = deferred), and for weights
     output_mse, which counts that of each weight by the mean square of its input, tokens likewise; percent: of
@@ -106,6 +111,7 @@ class SiteSettings:
     quantizer: QuantizerName = "uniform"
     symmetric: bool = False
     granularity: GranularityName = "tensor"
+    group_size: int | None = None
     range: RangeName = "minmax"
     percent: float | None = None
     split: Split | None = None
@@ -175,7 +181,9 @@ class SiteSettings:
             return LogQuantizer(bits, base=self.base or "search", shift=shift)
         axes = _WEIGHT_AXES if is_weight else _ACTIVATION_AXES
         granularity: Granularity = PerTensor()
-        if self.granularity != "tensor":
+        if self.granularity == "group" and is_weight:
+            granularity = PerGroup(self.group_size or _GROUP_SIZE)
+        elif self.granularity != "tensor":
             if self.granularity not in axes:
                 raise ValueError(
                     f"granularity {self.granularity!r} is not for {'weights' if is_weight else 'activations'}"
@@ -290,6 +298,22 @@ class Recipe:
                 settings = replace(settings, **changes)
         return settings
 
+    def grouped(self, size: int) -> Recipe:
+        """The same with a range for every `size` weights in a row (granularity group), called NAME-gSIZE.
+
+        Patch embedding and classifier stay as they are where they have bits of their own. Raises RecipeError for a size
+        that is none.
+        """
+        name = f"{self.name}-g{size}"
+        check_value("group_size", size, f"recipe {name}")
+        sites = self.sites
+        if self.first_last_bits is not None:
+            ends = {"granularity": self.weights.granularity}
+            sites = sites | {pattern: sites.get(pattern, {}) | ends for pattern in _END_WEIGHTS}
+        return replace(
+            self, name=name, weights=replace(self.weights, granularity="group", group_size=size), sites=sites
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The content of the TOML file that says the same, plus the name."""
         value: dict[str, Any] = {"name": self.name, "summary": self.summary}
@@ -312,13 +336,17 @@ def preset_names() -> list[str]:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A preset by name, or a TOML file by path. Raises RecipeError."""
+    """A preset by name, a TOML file by path, or a preset `grouped`: `fast-g64`. Raises RecipeError."""
     path = Path(name)
+    groups = _GROUPED.fullmatch(str(name))
+    if groups and groups[1] in preset_names():
+        return load_recipe(groups[1]).grouped(int(groups[2]))
     if path.suffix != ".toml":
         if str(name) not in preset_names():
             raise RecipeError(
                 f"unknown recipe {str(name)!r}{did_you_mean(str(name), preset_names())}: the presets are "
-                f"{', '.join(preset_names())}; a recipe of your own is a file that ends in .toml"
+                f"{', '.join(preset_names())}, each also with weights in groups, {DEFAULT_RECIPE}-g{_GROUP_SIZE}; a "
+                "recipe of your own is a file that ends in .toml"
             )
         path = PRESETS / f"{name}.toml"
     try:

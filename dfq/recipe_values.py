@@ -10,7 +10,7 @@ from dfq.errors import RecipeError
 
 Scope = Literal["gemm", "full"]
 QuantizerName = Literal["uniform", "twin_uniform", "log", "least_error"]
-GranularityName = Literal["tensor", "channel", "head"]
+GranularityName = Literal["tensor", "channel", "head", "group"]
 RangeName = Literal["minmax", "percentile", "mse", "token_mse", "probability_mse", "output_mse"]
 Split = Literal["magnitude", "sign"]
 Base = Literal["2", "sqrt2", "search"]
@@ -26,6 +26,7 @@ Rounding = Literal["ste", "adaround"]
 _RANGES: dict[str, tuple[float, float]] = {
     "outliers": (1.0, 1e6),
     "position_rank": (0, 64),
+    "group_size": (8, 2**16),
     "num_images": (1, 2**20),
     "rounds": (1, 10),
     "images": (1, 1024),

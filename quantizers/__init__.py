@@ -2,7 +2,7 @@
 
 from quantizers.base import Quantizer
 from quantizers.dynamic import DynamicQuantizer
-from quantizers.granularity import Granularity, PerAxis, PerTensor, granularity_from_dict
+from quantizers.granularity import Granularity, PerAxis, PerGroup, PerTensor, granularity_from_dict
 from quantizers.logarithmic import LogQuantizer
 from quantizers.outliers import OutlierQuantizer, outlier_channels
 from quantizers.packing import pack, packed_length, unpack
@@ -20,6 +20,7 @@ __all__ = [
     "MinMax",
     "OutlierQuantizer",
     "PerAxis",
+    "PerGroup",
     "PerTensor",
     "Percentile",
     "Quantizer",

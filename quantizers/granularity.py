@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,59 @@ class PerAxis:
             raise ValueError(f"{self} cannot group a tensor of shape {list(x.shape)}, which has no axis {self.axis}")
 
 
-Granularity = PerTensor | PerAxis
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each `size` weights in a row of an output channel, as 4-bit language models have it (GPTQ, 4).
+
+    Weights `[out, in]`, those of a convolution as `[out, in * kh * kw]`, -> groups `[out * G, size]`, parameters
+    `[out * G]`, G the number of groups of a channel. The last one of a channel may be shorter: zeros fill it up, which
+    every grid holds.
+
+    Raises ValueError unless `size` is an integer of at least 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+            raise ValueError(f"the size of PerGroup must be an integer of at least 1, not {self.size!r}; 64 is usual")
+
+    def per_channel(self, x: Tensor) -> int:
+        """How many groups a channel of weights like `x` has. Raises ValueError for a tensor of less than two axes."""
+        if x.dim() < 2:
+            raise ValueError(f"{self} groups weights [out, in], not a tensor of shape {list(x.shape)}")
+        return -(-x[0].numel() // self.size)
+
+    def to_groups(self, x: Tensor) -> Tensor:
+        """`x` as `[out * G, size]`."""
+        missing = self.per_channel(x) * self.size - x[0].numel()
+        return F.pad(x.flatten(1), (0, missing)).reshape(-1, self.size)
+
+    def from_groups(self, groups: Tensor, x: Tensor) -> Tensor:
+        """What `to_groups` made of a tensor like `x`, in the shape of `x`."""
+        return groups.reshape(len(x), -1)[:, : x[0].numel()].reshape(x.shape)
+
+    def broadcast(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """The parameter `[out * G]` of each weight, in the shape of `x`. Raises ValueError for another number of it."""
+        groups = len(x) * self.per_channel(x)
+        if parameter.shape[0] != groups:
+            raise ValueError(
+                f"{self} was fitted on {parameter.shape[0]} groups, but a tensor of shape {list(x.shape)} has "
+                f"{groups}; fit a quantizer on tensors like this one"
+            )
+        return self.from_groups(parameter[:, None].expand(-1, self.size), x)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `granularity_from_dict` takes."""
+        return {"type": "per_group", "size": self.size}
+
+
+Granularity = PerTensor | PerAxis | PerGroup
 
 
 def granularity_from_dict(description: Mapping[str, Any]) -> Granularity:
     """The granularity whose `to_dict()` this is. Raises ValueError for an unknown type or other keys."""
-    kinds = {"per_tensor": PerTensor, "per_axis": PerAxis}
+    kinds = {"per_tensor": PerTensor, "per_axis": PerAxis, "per_group": PerGroup}
     kind = description.get("type") if isinstance(description, Mapping) else None
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"no granularity is described by {description!r}; its type is one of {', '.join(kinds)}")
@@ -96,6 +144,7 @@ def granularity_from_dict(description: Mapping[str, Any]) -> Granularity:
         granularity = kinds[kind](**parameters)
     except TypeError:
         raise ValueError(
-            f"no granularity is described by {dict(description)!r}; per_tensor has no parameters, per_axis has 'axis'"
+            f"no granularity is described by {dict(description)!r}; per_tensor has no parameters, per_axis has 'axis', "
+            "per_group has 'size'"
         ) from None
     return granularity

@@ -93,6 +93,8 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "channels rescaled too": lambda recipe: replace(recipe, reparametrize="searched"),
     "no compensation": recipe_parts.no_compensation,
     "kept patches alone": lambda recipe: replace(recipe, background="none"),
+    "weights in groups of 64": lambda recipe: recipe.grouped(64),
+    "weights in groups of 32": lambda recipe: recipe.grouped(32),
 }
 
 

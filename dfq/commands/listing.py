@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise DfqError(f"none of the {arguments.what} is called {wanted!r}; there are {known}")
     for line in _columns(rows, _widths(rows)):
         print(line)
+    if arguments.what == "recipes" and not wanted:
+        print("\nEach also with weights in groups, for 4 bits and fewer: `fast-g64` shares a scale among 64.")
 
 
 _HEADER = ("sparse inversion, by", "dense inversion", "quantization")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantizers import Quantizer
+from quantizers import PerAxis, PerGroup, Quantizer, UniformQuantizer
 
 # Columns rounded before the others hear of it, in one product: only speed hangs on it.
 _BLOCK = 64
@@ -97,19 +97,35 @@ def _round_columns(weight: Tensor, quantizer: Quantizer, moment: Tensor, damping
     factor = torch.stack([_spreading(moment[order][:, order], damping) for damping in dampings])
     remaining = weight.float()[:, order].repeat(len(dampings), 1, 1)
     integers = torch.empty_like(remaining, dtype=quantizer.dtype)
+    grids = _by_column(quantizer, out, columns)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = remaining.new_empty(len(dampings), out, stop - start)
         for i in range(start, stop):
             # As a quantizer of weights takes them: [out, dampings].
             values = remaining[:, :, i].T
-            codes = quantizer.quantize(values)
+            grid = grids[int(order[i])]
+            codes = grid.quantize(values)
             integers[:, :, order[i]] = codes.T
-            error = (values - quantizer.dequantize(codes)).T / factor[:, i, i, None]
+            error = (values - grid.dequantize(codes)).T / factor[:, i, i, None]
             errors[:, :, i - start] = error
             remaining[:, :, i:stop] -= error[:, :, None] * factor[:, None, i, i:stop]
         remaining[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
     return list(integers)
+
+
+def _by_column(quantizer: Quantizer, out: int, columns: int) -> list[Quantizer]:
+    """For each column of weights [out, columns] a quantizer that takes it alone, [out, ...]: of groups, each one's."""
+    granularity = getattr(quantizer, "granularity", None)
+    if not isinstance(quantizer, UniformQuantizer) or not isinstance(granularity, PerGroup):
+        return [quantizer] * columns
+    grids: list[Quantizer] = []
+    parameters = {name: values.view(out, -1) for name, values in quantizer.tensors().items()}
+    for group in range(-(-columns // granularity.size)):
+        grid = UniformQuantizer(quantizer.bits, symmetric=quantizer.symmetric, granularity=PerAxis(0))
+        grid.load_tensors({name: values[:, group] for name, values in parameters.items()})
+        grids += [grid] * granularity.size
+    return grids
 
 
 def _spreading(moment: Tensor, damping: float) -> Tensor:

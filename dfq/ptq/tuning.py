@@ -15,8 +15,7 @@ from dfq.ptq.modules import AttentionSlots, QuantizedLayer
 from dfq.ptq.rounding import AdaptiveRounding
 from dfq.ptq.sites import POSITION_EMBEDDING
 from dfq.recipe_values import Rounding
-from quantizers import UniformQuantizer
-from quantizers.granularity import PerAxis
+from quantizers import PerAxis, PerGroup, UniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,20 @@ class _LearnedGrid(nn.Module):
         return self.quantizer[0].granularity.broadcast(self.log_scale.exp(), x)
 
     def forward(self, x: Tensor) -> Tensor:
-        quantizer = self.quantizer[0]
-        zero_point = quantizer.granularity.broadcast(self.zero_point, x)
+        granularity = self.quantizer[0].granularity
+        if isinstance(granularity, PerGroup):
+            scale, zero_point = self.log_scale.exp()[:, None], self.zero_point[:, None]
+            return granularity.from_groups(self._rounded(granularity.to_groups(x), scale, zero_point, [1]), x)
         axes = None
-        if isinstance(quantizer.granularity, PerAxis):
-            own = quantizer.granularity.axis % x.dim()
+        if isinstance(granularity, PerAxis):
+            own = granularity.axis % x.dim()
             axes = [axis for axis in range(x.dim()) if axis != own]
+        return self._rounded(x, self.step(x), granularity.broadcast(self.zero_point, x), axes)
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor, axes: list[int] | None) -> Tensor:
+        quantizer = self.quantizer[0]
         lowest, highest = quantizer.qmin - zero_point, quantizer.qmax - zero_point
-        rounded: Tensor = LearnedRounding.apply(x.float(), self.step(x), lowest, highest, axes)
+        rounded: Tensor = LearnedRounding.apply(x.float(), scale, lowest, highest, axes)
         return rounded
 
     def hand_over(self) -> None:

@@ -113,6 +113,21 @@ def test_offsets_that_the_architecture_does_not_know_come_back(
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
 
 
+def test_groups_cost_a_scale_in_half_precision_and_a_zero_point_each(
+    reference: Model, noise: CalibrationSet, tmp_path: Path
+) -> None:
+    by_channel, grouped = (
+        dfq.quantize(reference, "w4a8", calibration=noise, recipe=recipe, progress=False)
+        for recipe in ("fast", "fast-g48")
+    )
+    dfq.save(grouped, tmp_path)
+    check_same(dfq.load(tmp_path, device="cpu"), grouped)
+    # 64 inputs are two groups, of 48 and of 16; the 256 of fc2 six. A channel has 4 bytes and 1.
+    groups = 4 * ((192 + 64 + 256) * 2 + 64 * 6)
+    channels = 4 * (192 + 64 + 256 + 64)
+    assert grouped.weight_bytes - by_channel.weight_bytes == 3 * groups - 5 * channels
+
+
 def test_weights_take_the_space_of_their_bits(reference: Model, noise: CalibrationSet, tmp_path: Path) -> None:
     weights = {"symmetric": True, "granularity": "channel", "range": "minmax"}
     recipe = recipe_from_dict({"first_last_bits": 8, "weights": weights}, name="minmax", where="test")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,27 @@ def test_a_byte_for_each_weight_where_that_is_wanted(quantized: QuantizedModel, 
     assert stored.data_type == onnx.TensorProto.INT8
     assert exported.opset == 23
     assert np.abs(onnx.numpy_helper.to_array(stored)).max() <= 8
+
+
+@pytest.mark.parametrize(("size", "ends"), [(32, 8), (48, None)])
+def test_weights_in_groups_run_in_both_runtimes(
+    size: int, ends: int | None, reference: Model, noise: CalibrationSet, tmp_path: Path
+) -> None:
+    """48 does not divide the 64 inputs; without bits of its own the patch embedding, a convolution, has groups too."""
+    recipe = replace(load_recipe("deploy"), first_last_bits=ends).grouped(size)
+    quantized = dfq.quantize(reference, "w4a8", calibration=noise, recipe=recipe, progress=False)
+    exported = dfq.export(quantized, tmp_path / "m.onnx")
+    layer: Any = quantized.module.get_submodule("blocks.0.mlp.fc1")
+    stored = initializers(exported.path)["blocks.0.mlp.fc1.weight.integers"]
+    assert stored.data_type == onnx.TensorProto.INT4
+    assert list(stored.dims) == [256, 2, size]
+    codes = onnx.numpy_helper.to_array(stored).astype(np.int32).reshape(256, 2 * size)[:, :64]
+    assert np.array_equal(codes, layer.integers.numpy())
+    x, _ = noise.batches(4, torch.device("cpu"))[0]
+    for runtime in ("onnxruntime", "openvino"):
+        found = dfq.open_model(exported.path, runtime)(x)
+        # An activation that lies between two integers falls to either side.
+        assert (found - quantized(x)).norm() < 0.02 * quantized(x).norm()
 
 
 def test_other_grids_are_computed_and_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,30 @@ def test_round_trip_of_everything_a_recipe_can_say() -> None:
     assert recipe_from_dict(recipe.to_dict(), name="x", where="y") == recipe
 
 
+def test_a_preset_with_weights_in_groups() -> None:
+    plain, grouped = load_recipe("fast"), load_recipe("fast-g32")
+    assert grouped.name == "fast-g32"
+    within = grouped.settings("blocks.3.mlp.fc1.weight", is_weight=True)
+    assert within == replace(plain.weights, granularity="group", group_size=32)
+    for layer in ("patch_embed.proj", "head", "head.fc"):
+        (quantizer,) = grouped.settings(f"{layer}.weight", is_weight=True).build(8, is_weight=True)
+        assert quantizer.describe()["granularity"] == {"type": "per_axis", "axis": 0}
+    (quantizer,) = within.build(4, is_weight=True)
+    assert quantizer.describe()["granularity"] == {"type": "per_group", "size": 32}
+    for site in ("blocks.3.mlp.fc2.input", "head.input"):
+        assert grouped.settings(site, is_weight=False) == plain.settings(site, is_weight=False)
+    # Where patch embedding and classifier have the bits of the rest, they have its groups too.
+    assert load_recipe("paper-g64").settings("head.weight", is_weight=True).group_size == 64
+    # What a recipe says of these layers stays.
+    assert load_recipe("deploy-g64").settings("head.weight", is_weight=True).bits == 7
+    assert recipe_from_dict(json.loads(json.dumps(grouped.to_dict())), name="x", where="y") == grouped
+
+
+def test_groups_are_of_64_if_nothing_is_said() -> None:
+    (quantizer,) = made({"weights": {"granularity": "group"}}).weights.build(4, is_weight=True)
+    assert quantizer.describe()["granularity"] == {"type": "per_group", "size": 64}
+
+
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('summary = "a"\n[activations]\nrange = "percentile"\npercent = 99.9\n[sites."*.q"]\nbits = 6\n')
@@ -129,6 +154,11 @@ def test_later_patterns_win() -> None:
         ({"weights": {"symmetric": 1}}, "symmetric must be one of True, False, not 1"),
         ({"weights": {"range": "kl"}}, "range must be one of 'minmax', .* not 'kl'"),
         ({"weights": {"quantizer": ["uniform"]}}, "quantizer must be one of"),
+        ({"activations": {"granularity": "group"}}, "activations: granularity 'group' is not for activations"),
+        (
+            {"weights": {"granularity": "group", "group_size": 4}},
+            "group_size must be a whole number from 8 to 65536, not 4",
+        ),
         ({"weights": {"granularity": "head"}}, r"mine\.toml, weights: granularity 'head' is not for weights"),
         (
             {"activations": {"range": "percentile", "percent": 20}},

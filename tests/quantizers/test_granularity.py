@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from quantizers import Granularity, PerAxis, PerTensor, granularity_from_dict
+from quantizers import Granularity, PerAxis, PerGroup, PerTensor, granularity_from_dict
 
 
 def test_per_tensor_is_one_group() -> None:
@@ -49,14 +49,53 @@ def test_the_axis_is_an_integer(axis: object) -> None:
         PerAxis(axis)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerAxis(-1)])
+def test_groups_are_so_many_in_a_row_the_last_one_filled_up_with_zeros() -> None:
+    x = torch.arange(1.0, 11.0).reshape(2, 5)
+    groups = PerGroup(2).to_groups(x)
+    assert groups.tolist() == [[1, 2], [3, 4], [5, 0], [6, 7], [8, 9], [10, 0]]
+    assert torch.equal(PerGroup(2).from_groups(groups, x), x)
+    parameter = torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
+    assert PerGroup(2).broadcast(parameter, x).tolist() == [[10, 10, 20, 20, 30], [40, 40, 50, 50, 60]]
+
+
+def test_a_group_of_a_convolution_runs_through_all_that_one_output_sums_over() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 2, 2)
+    assert PerGroup(6).to_groups(x).tolist() == [list(range(start, start + 6)) for start in (0, 6, 12, 18)]
+    assert (
+        PerGroup(6).broadcast(torch.arange(4.0), x).flatten().tolist() == [0.0] * 6 + [1.0] * 6 + [2.0] * 6 + [3.0] * 6
+    )
+
+
+def test_groups_of_another_tensor_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fitted on 4 groups, but a tensor of shape \[2, 5\] has 6"):
+        PerGroup(2).broadcast(torch.ones(4), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"groups weights \[out, in\], not a tensor of shape \[5\]"):
+        PerGroup(2).to_groups(torch.zeros(5))
+
+
+@pytest.mark.parametrize("size", ["64", 0, -1, True, 6.0])
+def test_the_size_is_a_positive_integer(size: object) -> None:
+    with pytest.raises(ValueError, match="size of PerGroup must be an integer of at least 1"):
+        PerGroup(size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerAxis(-1), PerGroup(64)])
 def test_round_trip_through_json(granularity: Granularity) -> None:
     assert granularity_from_dict(json.loads(json.dumps(granularity.to_dict()))) == granularity
 
 
 @pytest.mark.parametrize(
     "description",
-    [{}, {"type": "per_block"}, {"type": "per_axis"}, {"type": "per_tensor", "axis": 0}, "per_tensor", {"type": ["x"]}],
+    [
+        {},
+        {"type": "per_block"},
+        {"type": "per_axis"},
+        {"type": "per_group"},
+        {"type": "per_group", "axis": 0},
+        {"type": "per_tensor", "axis": 0},
+        "per_tensor",
+        {"type": ["x"]},
+    ],
 )
 def test_descriptions_of_nothing(description: object) -> None:
     with pytest.raises(ValueError, match="no granularity is described by"):

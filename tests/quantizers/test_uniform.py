@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantizers import MSE, Granularity, MinMax, PerAxis, Percentile, PerTensor, RangeSearch, UniformQuantizer
+from quantizers import MSE, Granularity, MinMax, PerAxis, Percentile, PerGroup, PerTensor, RangeSearch, UniformQuantizer
 
 EXAMPLES = settings(max_examples=60)
 
@@ -125,6 +125,36 @@ def test_per_axis_equals_a_loop_of_per_tensor(search: RangeSearch, symmetric: bo
         part = x.select(axis, index)
         alone = UniformQuantizer(4, symmetric=symmetric, search=search).fit(part)(part)
         torch.testing.assert_close(together.select(axis, index), alone, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("search", [MinMax(), MSE(20)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_per_group_equals_a_loop_of_per_tensor_with_scales_in_half_precision(
+    search: RangeSearch, symmetric: bool
+) -> None:
+    x = torch.randn(3, 14, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 15)
+    together = UniformQuantizer(4, symmetric=symmetric, granularity=PerGroup(5), search=search).fit(x)
+    scales = together.tensors()["scale"]
+    assert scales.dtype == torch.float16
+    for number, (row, start) in enumerate((row, start) for row in range(3) for start in (0, 5, 10)):
+        part = x[row, start : start + 5]
+        alone = UniformQuantizer(4, symmetric=symmetric, search=search).fit(part).tensors()
+        assert scales[number] == alone["scale"].half()
+        alone["scale"] = alone["scale"].half()
+        expected = UniformQuantizer(4, symmetric=symmetric).load_tensors(alone)(part)
+        assert torch.equal(together(x)[row, start : start + 5], expected)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_groups_come_back_as_they_were_kept(magnitude: float) -> None:
+    x = magnitude * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    quantizer = UniformQuantizer(4, symmetric=False, granularity=PerGroup(8)).fit(x)
+    kept = quantizer.tensors()
+    # What half precision does not reach is kept in single.
+    assert kept["scale"].dtype == (torch.float16 if magnitude == 1.0 else torch.float32)
+    again = UniformQuantizer(4, symmetric=False, granularity=PerGroup(8)).load_tensors(kept)
+    assert torch.equal(again(x), quantizer(x))
+    assert ((quantizer(x) - x).abs() <= 0.6 * quantizer.granularity.broadcast(kept["scale"].float(), x)).all()
 
 
 def test_channels_fitted_on_batches_serve_single_tensors() -> None:

@@ -287,6 +287,7 @@ def test_list(status: Callable[..., int], capsys: pytest.CaptureFixture[str]) ->
     assert "  no                    yes               no " in listed["models"]["cait_xxs24_224"]
     assert {"smi", "dense", "pri", "psaq", "apa", "leaves", "gaussian"} <= set(listed["methods"])
     assert "sparse model inversion" in listed["methods"]["smi"]
+    assert "fast-g64" in listed["recipes"].pop("Each")
     assert listed["recipes"] == {
         name: f"{name:<{max(map(len, preset_names()))}}  {load_recipe(name).summary}" for name in preset_names()
     }

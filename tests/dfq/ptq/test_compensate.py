@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dfq.ptq.compensate import SecondMoment, round_compensated
-from quantizers import PerAxis, Quantizer, UniformQuantizer
+from quantizers import PerAxis, PerGroup, Quantizer, UniformQuantizer
 
 
 def correlated(images: int = 40, tokens: int = 20, channels: int = 24, seed: int = 0) -> Tensor:
@@ -121,6 +121,26 @@ def test_the_output_error_is_less_than_of_rounding_to_nearest(bits: int, symmetr
     # It is bought with the error of the weights themselves.
     assert (quantizer.dequantize(integers) - weight).norm() > (quantizer.dequantize(nearest) - weight).norm()
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_in_groups_each_column_is_rounded_on_the_grid_of_its_own(size: int) -> None:
+    x, weight = correlated(), weights() * torch.linspace(0.1, 3, 24)
+    quantizer = UniformQuantizer(4, symmetric=False, granularity=PerGroup(size)).fit(weight)
+    integers, _ = round_compensated(weight, quantizer, moment_of(x), [0.01])
+    nearest = output_error(x, weight, quantizer, quantizer.quantize(weight))
+    assert output_error(x, weight, quantizer, integers) < 0.5 * nearest
+    # Where no column says anything of another, nothing is to be made up for.
+    integers, _ = round_compensated(weight, quantizer, moment_of(24**0.5 * torch.eye(24)[:, None]), [0.01])
+    assert torch.equal(integers, quantizer.quantize(weight))
+
+
+def test_one_group_to_a_row_is_a_channel() -> None:
+    x, weight = correlated(), weights()
+    grouped = UniformQuantizer(4, symmetric=False, granularity=PerGroup(24)).fit(weight)
+    by_channel = per_channel(weight, 4).load_tensors(grouped.tensors())
+    found, expected = (round_compensated(weight, each, moment_of(x), [0.01])[0] for each in (grouped, by_channel))
+    assert torch.equal(found, expected)
 
 
 def test_more_columns_than_are_rounded_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,27 @@ def test_a_scale_per_channel_has_its_own_gradient() -> None:
     rounded.sum().backward()
     # Second channel: 5.2 / 2 = 2.6 rounds up by 0.4; 90 is clipped to 3 steps.
     torch.testing.assert_close(scale.grad, torch.tensor([[-0.6, 3.4]]))
+
+
+def test_a_scale_per_group_has_its_own_gradient(
+    tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]
+) -> None:
+    quantized = dfq.quantize(tiny(), "w4a8", calibration=images_for(), recipe="fast-g8", progress=False)
+    layer: Any = quantized.module.get_submodule("blocks.0.mlp.fc1")
+    scale, zero_point = (t.clone() for t in (layer.weight_quantizer.scale, layer.weight_quantizer.zero_point))
+    grid = layer.weight.reshape(-1, 8)
+    exact = grid + scale[:, None] * torch.linspace(-0.4, 0.4, grid.numel()).view_as(grid)
+    with tunable(quantized.module, {layer: exact.view_as(layer.weight)}) as tuned:
+        tuned.apply()
+        layer.weight.sum().backward()
+        (found,) = (log_scale.grad for log_scale in tuned.scales if log_scale.grad is not None)
+    steps = exact / scale[:, None]
+    lowest, highest = -zero_point[:, None].float(), 15 - zero_point[:, None].float()
+    code = steps.round()
+    clipped = torch.minimum(torch.maximum(code, lowest), highest)
+    # LSQ, section 2.1, of the logarithm: times the scale.
+    expected = (torch.where(clipped == code, clipped - steps, clipped) * scale[:, None]).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_after_an_exception_the_module_is_as_it_was(
