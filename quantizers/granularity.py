@@ -84,11 +84,11 @@ class PerAxis:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale for each `size` weights in a row of an output channel, as 4-bit language models have it (GPTQ, 4).
+    """One scale for each `size` weights in a row of an output channel (Q-BERT, AAAI 2020; GPTQ, ICLR 2023, section 4).
 
     Weights `[out, in]`, those of a convolution as `[out, in * kh * kw]`, -> groups `[out * G, size]`, parameters
     `[out * G]`, G the number of groups of a channel. The last one of a channel may be shorter: zeros fill it up, which
-    every grid holds.
+    every grid holds. A channel that is shorter than `size` is one group of its own length.
 
     Raises ValueError unless `size` is an integer of at least 1.
     """
@@ -107,8 +107,8 @@ class PerGroup:
 
     def to_groups(self, x: Tensor) -> Tensor:
         """`x` as `[out * G, size]`."""
-        missing = self.per_channel(x) * self.size - x[0].numel()
-        return F.pad(x.flatten(1), (0, missing)).reshape(-1, self.size)
+        missing = self.per_channel(x) * self._width(x) - x[0].numel()
+        return F.pad(x.flatten(1), (0, missing)).reshape(-1, self._width(x))
 
     def from_groups(self, groups: Tensor, x: Tensor) -> Tensor:
         """What `to_groups` made of a tensor like `x`, in the shape of `x`."""
@@ -122,7 +122,10 @@ class PerGroup:
                 f"{self} was fitted on {parameter.shape[0]} groups, but a tensor of shape {list(x.shape)} has "
                 f"{groups}; fit a quantizer on tensors like this one"
             )
-        return self.from_groups(parameter[:, None].expand(-1, self.size), x)
+        return self.from_groups(parameter[:, None].expand(-1, self._width(x)), x)
+
+    def _width(self, x: Tensor) -> int:
+        return min(self.size, x[0].numel())
 
     def to_dict(self) -> dict[str, Any]:
         """What `granularity_from_dict` takes."""

@@ -97,7 +97,7 @@ def _round_columns(weight: Tensor, quantizer: Quantizer, moment: Tensor, damping
     factor = torch.stack([_spreading(moment[order][:, order], damping) for damping in dampings])
     remaining = weight.float()[:, order].repeat(len(dampings), 1, 1)
     integers = torch.empty_like(remaining, dtype=quantizer.dtype)
-    grids = _by_column(quantizer, out, columns)
+    grids = _by_column(quantizer, weight)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = remaining.new_empty(len(dampings), out, stop - start)
@@ -114,17 +114,17 @@ def _round_columns(weight: Tensor, quantizer: Quantizer, moment: Tensor, damping
     return list(integers)
 
 
-def _by_column(quantizer: Quantizer, out: int, columns: int) -> list[Quantizer]:
-    """For each column of weights [out, columns] a quantizer that takes it alone, [out, ...]: of groups, each one's."""
+def _by_column(quantizer: Quantizer, weight: Tensor) -> list[Quantizer]:
+    """For each column of weights [out, in] a quantizer that takes it alone, [out, ...]: of groups, each one's."""
     granularity = getattr(quantizer, "granularity", None)
     if not isinstance(quantizer, UniformQuantizer) or not isinstance(granularity, PerGroup):
-        return [quantizer] * columns
+        return [quantizer] * weight.shape[1]
     grids: list[Quantizer] = []
-    parameters = {name: values.view(out, -1) for name, values in quantizer.tensors().items()}
-    for group in range(-(-columns // granularity.size)):
+    parameters = {name: values.view(len(weight), -1) for name, values in quantizer.tensors().items()}
+    for group in range(granularity.per_channel(weight)):
         grid = UniformQuantizer(quantizer.bits, symmetric=quantizer.symmetric, granularity=PerAxis(0))
         grid.load_tensors({name: values[:, group] for name, values in parameters.items()})
-        grids += [grid] * granularity.size
+        grids += [grid] * min(granularity.size, weight.shape[1])
     return grids
 
 

@@ -66,6 +66,12 @@ def test_a_group_of_a_convolution_runs_through_all_that_one_output_sums_over() -
     )
 
 
+def test_a_channel_that_is_shorter_than_a_group_is_one() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(PerGroup(2**60).to_groups(x), x)
+    assert PerGroup(2**60).broadcast(torch.tensor([1.0, 2.0]), x).tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
 def test_groups_of_another_tensor_are_refused() -> None:
     with pytest.raises(ValueError, match=r"fitted on 4 groups, but a tensor of shape \[2, 5\] has 6"):
         PerGroup(2).broadcast(torch.ones(4), torch.zeros(2, 5))
