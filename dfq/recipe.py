@@ -335,20 +335,35 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
+def find_preset(name: str) -> Recipe | None:
+    """A recipe that comes with dfq, or one of them `grouped`, `fast-g64`; None if it is neither.
+
+    Raises RecipeError for groups of a size that is none.
+    """
+    grouped = _GROUPED.fullmatch(name)
+    preset = grouped[1] if grouped else name
+    if preset not in preset_names():
+        return None
+    recipe = _read(PRESETS / f"{preset}.toml")
+    return recipe.grouped(int(grouped[2])) if grouped else recipe
+
+
 def load_recipe(name: str | Path) -> Recipe:
-    """A preset by name, a TOML file by path, or a preset `grouped`: `fast-g64`. Raises RecipeError."""
+    """A preset by name (`find_preset`), or a TOML file by path. Raises RecipeError."""
     path = Path(name)
-    groups = _GROUPED.fullmatch(str(name))
-    if groups and groups[1] in preset_names():
-        return load_recipe(groups[1]).grouped(int(groups[2]))
-    if path.suffix != ".toml":
-        if str(name) not in preset_names():
-            raise RecipeError(
-                f"unknown recipe {str(name)!r}{did_you_mean(str(name), preset_names())}: the presets are "
-                f"{', '.join(preset_names())}, each also with weights in groups, {DEFAULT_RECIPE}-g{_GROUP_SIZE}; a "
-                "recipe of your own is a file that ends in .toml"
-            )
-        path = PRESETS / f"{name}.toml"
+    if path.suffix == ".toml":
+        return _read(path)
+    preset = find_preset(str(name))
+    if preset is None:
+        raise RecipeError(
+            f"unknown recipe {str(name)!r}{did_you_mean(str(name), preset_names())}: the presets are "
+            f"{', '.join(preset_names())}, each also with weights in groups, {DEFAULT_RECIPE}-g{_GROUP_SIZE}; a recipe "
+            "of your own is a file that ends in .toml"
+        )
+    return preset
+
+
+def _read(path: Path) -> Recipe:
     try:
         text = read_text(path)
         # Python's parser takes the square of the parts of a key, hours for a megabyte of them.

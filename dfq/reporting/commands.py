@@ -12,9 +12,9 @@ from timm.data import resolve_model_data_config
 from calibration import METHODS, Plan
 from calibration.methods import SCHEDULES
 from calibration.tokens import PatchGrid
-from dfq.errors import DfqError
+from dfq.errors import DfqError, RecipeError
 from dfq.ptq.engine import QuantizedModel
-from dfq.recipe import load_recipe, preset_names
+from dfq.recipe import find_preset
 
 RECIPE_FILE, IMAGES = "recipe.toml", "IMAGES"
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
@@ -46,8 +46,10 @@ def quantize_command(quantized: QuantizedModel, out: str) -> str:
 
 def uses_preset(quantized: QuantizedModel) -> bool:
     """Whether its recipe is, to the letter, one that comes with dfq."""
-    recipe = quantized.recipe
-    return recipe.name in preset_names() and recipe == load_recipe(recipe.name)
+    try:
+        return quantized.recipe == find_preset(quantized.recipe.name)
+    except RecipeError:  # A file may be called anything, as if it had groups of a size that is none.
+        return False
 
 
 def calibration_run(quantized: QuantizedModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from calibration import METHODS, CalibrationSet, Dense
 from dfq.cli import main
 from dfq.models import Model
 from dfq.ptq.engine import QuantizedModel
+from dfq.recipe import load_recipe
 from dfq.reporting.commands import quantize_command, uses_preset
 
 
@@ -65,6 +66,14 @@ def test_a_changed_preset_is_a_file(w4a8: QuantizedModel) -> None:
     changed = replace(w4a8, recipe=replace(w4a8.recipe, first_last_bits=4))
     assert not uses_preset(changed)
     assert "--recipe recipe.toml" in quantize_command(changed, "out")
+
+
+def test_a_preset_with_weights_in_groups_has_its_name(w4a8: QuantizedModel) -> None:
+    grouped = replace(w4a8, recipe=load_recipe("fast-g32"))
+    assert uses_preset(grouped)
+    assert "--recipe fast-g32 " in quantize_command(grouped, "out")
+    # A file of this name is no preset with groups of 4, which there are not.
+    assert not uses_preset(replace(w4a8, recipe=replace(w4a8.recipe, name="fast-g4")))
 
 
 def test_weights_and_preprocessing(tiny: Callable[..., Model], images_for: Callable[..., CalibrationSet]) -> None:
