@@ -308,6 +308,10 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         (lambda c: c["sites"]["head.weight"].update(bits=4), "do not make a model"),
         (lambda c: c["sites"]["head.weight"].update(bits="8"), "bits must be an integer"),
         (lambda c: c["sites"]["head.weight"].update(type="os.system"), "there is no quantizer type 'os.system'"),
+        (
+            lambda c: c["sites"]["head.weight"].update(granularity={"type": "per_group", "size": 32}),
+            "fitted on 10 groups, but a tensor of shape .10, 64. has 20",
+        ),
         (lambda c: c["sites"].update({"head.nowhere": c["sites"].pop("head.input")}), "do not make a model"),
         (lambda c: c["recipe"].update(scope="everything"), "scope must be one of 'gemm', 'full'"),
         (lambda c: c.update(recipe=[]), "do not make a model"),
