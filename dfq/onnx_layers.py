@@ -281,17 +281,15 @@ def _is_split(module: nn.Module, name: str, quantizer: Quantizer) -> bool:
 
 def _weight(layer: QuantizedLayer, channels: Tensor | None) -> nn.Module:
     """The weights of a layer, linear ones `[in, out]`; channels: those of the input, None for all."""
-    is_linear, quantizer = isinstance(layer, QuantizedLinear), layer.weight_quantizer
-    groups = getattr(quantizer, "granularity", None)
-    # A few rows of groups have groups no more.
-    is_float = layer.integers is None or (isinstance(groups, PerGroup) and channels is not None)
-    whole = layer.weight if is_float or layer.integers is None else layer.integers
-    if isinstance(groups, PerGroup) and not is_float:
-        assert isinstance(quantizer, UniformQuantizer)
-        return GroupedWeight(whole, quantizer, groups, transposed=is_linear)
+    is_linear, quantizer, integers = isinstance(layer, QuantizedLinear), layer.weight_quantizer, layer.integers
+    if isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerGroup) and integers is not None:
+        if channels is None:
+            return GroupedWeight(integers, quantizer, quantizer.granularity, transposed=is_linear)
+        integers = None  # A few rows of groups have groups no more.
+    whole = layer.weight if integers is None else integers
     tensor = whole.t() if is_linear else whole
     tensor = tensor if channels is None else tensor.index_select(0, channels)
-    if is_float:
+    if integers is None:
         return FloatWeight(tensor)
     assert isinstance(quantizer, UniformQuantizer)
     return IntegerWeight(tensor, quantizer, 1 if is_linear else 0)
