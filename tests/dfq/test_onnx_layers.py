@@ -14,7 +14,7 @@ from dfq.models import Model
 from dfq.onnx_layers import QuantizeDequantize, SplitLinear, StandardLinear, standardize
 from dfq.ptq.modules import QuantizedLinear
 from dfq.recipe import load_recipe, recipe_from_dict
-from quantizers import LogQuantizer, OutlierQuantizer, UniformQuantizer
+from quantizers import Granularity, LogQuantizer, OutlierQuantizer, PerGroup, PerTensor, UniformQuantizer
 
 SWIN = {"depths": (1, 1), "num_heads": (2, 2), "patch_size": 4, "window_size": 4, "depth": None}
 
@@ -42,11 +42,13 @@ def test_fewer_bits_are_a_clipped_range_of_eight() -> None:
     assert pair.zero_point.dtype == torch.uint8
 
 
-def quantized_linear(weight: Tensor, bits: int, input_quantizer: nn.Module) -> QuantizedLinear:
+def quantized_linear(
+    weight: Tensor, bits: int, input_quantizer: nn.Module, granularity: Granularity | None = None
+) -> QuantizedLinear:
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight.data = weight
     quantized = QuantizedLinear(layer.requires_grad_(False))
-    quantizer = UniformQuantizer(bits, symmetric=True).fit(weight)
+    quantizer = UniformQuantizer(bits, symmetric=True, granularity=granularity or PerTensor()).fit(weight)
     quantized.set_integers(quantizer, quantizer.quantize(weight))
     quantized.input = input_quantizer
     return quantized
@@ -63,6 +65,19 @@ def test_channels_apart_have_a_product_of_their_own() -> None:
     # The integers of the large product know nothing of the two large channels.
     assert float(split.input.scale) < 0.1
     assert split.rows.integers.shape == (2, 4)
+
+
+def test_channels_apart_of_weights_in_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(7, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    x[:, [1, 4]] *= 200
+    quantizer = OutlierQuantizer(UniformQuantizer(8, symmetric=False), torch.tensor([1, 4])).fit(x)
+    layer = quantized_linear(weight, 4, quantizer, PerGroup(4))
+    split = SplitLinear(layer, quantizer, "x")
+    torch.testing.assert_close(split(x), layer(x))
+    assert split.weight.integers.shape == (4, 2, 4)
+    # Two columns of groups have groups no more.
+    assert torch.equal(split.rows(), layer.weight[:, [1, 4]].t())
 
 
 def test_a_linear_has_its_weights_the_other_way_round() -> None:
